@@ -1,0 +1,367 @@
+"""A recipe file -> typed configuration. Unknown keys are refused with a suggestion; `key=value` overrides any value.
+
+A stage package keeps its stage configurations in `<package>/config.py` as subclasses of `StageConfig`, so that a recipe
+is checked without importing torch.
+"""
+
+import difflib
+import re
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from posttrain.errors import PosttrainError
+from posttrain.stages import STAGES, load_config_class
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def _as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+DataNames = Annotated[list[str], BeforeValidator(_as_list), Field(json_schema_extra={"refers_to": "data"})]
+"""One or more names of the `data` section, or `@section` references whose output is a data set."""
+ModelRef = Annotated[str, Field(json_schema_extra={"refers_to": "model"})]
+"""`base` (the recipe's model), an `@section` reference, a local folder or a hub name."""
+
+
+class RunConfig(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    dir: str = "runs"
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: every core the process may use")
+
+
+class LoraSettings(Strict):
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class ModelConfig(Strict):
+    name_or_path: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    lora: LoraSettings | None = None
+    chat_template: str | None = None
+    add_tokens: bool = False
+    licence: str | None = None
+
+
+class Expected(Strict):
+    rows: int = Field(gt=0)
+    tokens: float = Field(gt=0, description="mean tokens of a row (prompt and answers)")
+
+
+class DataEntry(Strict):
+    path: str
+    format: str
+    split: str = "train"
+    name: str | None = None
+    data_dir: str | None = None
+    revision: str | None = None
+    columns: dict[str, str] = {}
+    rows: int | None = Field(None, ge=1)
+    fraction: float | None = Field(None, gt=0, le=1)
+    weight: float = Field(1.0, gt=0)
+    safety_prompt: bool = False
+    expect: Expected | None = None
+
+
+class HeldOut(Strict):
+    """How many rows of every data set of a kind to keep from training. Chosen by prompt."""
+
+    demonstrations: int = Field(0, ge=0)
+    pairs: int = Field(0, ge=0)
+    prompts: int = Field(0, ge=0)
+
+
+class StageConfig(Strict):
+    stage: str
+
+
+class TrainingConfig(StageConfig):
+    """What supervised fine-tuning and reward training share (paper sections 2.2, 3.1, 3.2.2)."""
+
+    epochs: float = Field(2, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    learning_rate: float | None = Field(None, gt=0, description="None: the paper's for full training, ten times it for adapters")
+    batch_size: int | None = Field(None, ge=1, description="global; None: the paper's, fewer where that leaves under 50 steps")
+    max_length: int = Field(4096, ge=8)
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-5
+    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    micro_batch_tokens: int | None = Field(None, ge=16, description="None: decided from memory at the first start")
+    save_steps: int = Field(20, ge=1)
+    save_total_limit: int = Field(2, ge=1)
+    activation_checkpointing: bool = False
+
+
+class Recipe(Strict):
+    run: RunConfig
+    model: ModelConfig
+    data: dict[str, list[DataEntry] | HeldOut] = {}
+    stages: dict[str, Any]
+    path: str = ""
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _entries(cls, value):
+        return {k: v if k == "held_out" else _as_list(v) for k, v in (value or {}).items()}
+
+    @property
+    def held_out(self) -> HeldOut:
+        return self.data.get("held_out") or HeldOut()
+
+    @property
+    def data_sets(self) -> dict[str, list[DataEntry]]:
+        return {k: v for k, v in self.data.items() if k != "held_out"}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number (YAML 1.1 wants 1.0e-5) and refuses a key given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise PosttrainError(f"{self.name}, line {key_node.start_mark.line + 1}", f"key '{key}' is given twice",
+                                     "each key once", "Remove one of them.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+               r"|[0-9][0-9_]*\.[0-9_]*|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise PosttrainError(str(path), "no such file", "a recipe file",
+                             f"Did you mean {path.parent / near[0]}?" if near else "See recipes/ for the shipped ones.") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise PosttrainError(str(path), f"cannot be read ({e})", "a UTF-8 YAML file", "Check the path and its permissions.") from None
+    loader = _Loader(text)
+    loader.name = str(path)
+    try:
+        value = loader.get_single_data()
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise PosttrainError(where, f"not valid YAML ({getattr(e, 'problem', e)})", "a YAML mapping",
+                             "Check the indentation and the colons there.") from None
+    finally:
+        loader.dispose()
+    if not isinstance(value, dict):
+        raise PosttrainError(str(path), f"holds {type(value).__name__}", "a mapping with run, model, data and stages",
+                             "Start from a recipe in recipes/.")
+    return value
+
+
+def dump_yaml(value: dict) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _merge(base: dict, over: dict) -> dict:
+    out = deepcopy(base)
+    for key, value in over.items():
+        out[key] = _merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def _apply_override(raw: dict, text: str) -> None:
+    key, eq, value = text.partition("=")
+    if not eq or not key:
+        raise PosttrainError(f"override '{text}'", "no '='", "key=value, for instance stages.sft.learning_rate=1e-4",
+                             "Write it as one word without spaces.")
+    parts = key.split(".")
+    if parts[0] not in Recipe.model_fields and parts[0] in (raw.get("stages") or {}):
+        parts.insert(0, "stages")
+    node = raw
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise PosttrainError(f"override '{text}'", f"'{part}' is not an index of {'.'.join(parts[:i])}",
+                                     f"0 to {len(node) - 1}", "Count from 0.")
+            part = int(part)
+        elif not isinstance(node, dict):
+            raise PosttrainError(f"override '{text}'", f"{'.'.join(parts[:i])} is the value {node!r}, not a section",
+                                 "a key inside a section", "Check the dots.")
+        if last:
+            node[part] = yaml.load(value, Loader=_Loader) if value else None
+        else:
+            if isinstance(node, dict) and (part not in node or node[part] is None):
+                node[part] = {}
+            node = node[part]
+
+
+def _suggest(word: str, options) -> str:
+    near = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=0.5)
+    return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(sorted(map(str, options)))}."
+
+
+def _model_at(model: type[BaseModel], loc: tuple) -> type[BaseModel] | None:
+    """The pydantic class whose key the last element of `loc` names."""
+    for part in loc[:-1]:
+        if not (isinstance(part, str) and isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
+            continue
+        kinds = [model.model_fields[part].annotation]
+        found = None
+        while kinds:
+            kind = kinds.pop()
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found = kind
+                break
+            if get_origin(kind) is not None:
+                kinds += list(get_args(kind))
+        model = found or model
+    return model
+
+
+def _refuse(error: ValidationError, place: str, model: type[BaseModel], prefix: str = ""):
+    """Turn pydantic's first error into ours."""
+    first = error.errors()[0]
+    loc = tuple(p for p in first["loc"] if not (isinstance(p, str) and ("[" in p or p in ("HeldOut", "constrained-str"))))
+    key = prefix + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        owner = DataEntry if "data" in loc[:1] and loc[1:2] != ("held_out",) else HeldOut if loc[:1] == ("data",) else _model_at(model, loc)
+        options = [f for f in owner.model_fields if f != "path" or owner is not Recipe]
+        raise PosttrainError(f"{place}: {key}", "unknown key", f"one of the known keys of {owner.__name__}", _suggest(loc[-1], options))
+    if first["type"] == "missing":
+        raise PosttrainError(f"{place}: {key}", "missing", "a value", "Add this key; recipes/ shows examples.")
+    got = first.get("input")
+    raise PosttrainError(f"{place}: {key}", f"got {got!r}", first["msg"][:1].lower() + first["msg"][1:], "Change this value.")
+
+
+def _stage_config(name: str, raw: dict, place: str) -> StageConfig:
+    kind = raw.get("stage", name)
+    if kind not in STAGES:
+        raise PosttrainError(f"{place}: stages.{name}.stage", f"no stage kind '{kind}'", f"one of {', '.join(STAGES)}",
+                             _suggest(kind, STAGES) + " A section whose name is not a kind needs 'stage: KIND'.")
+    cls = load_config_class(kind)
+    try:
+        return cls(**{**raw, "stage": kind})
+    except ValidationError as e:
+        _refuse(e, place, cls, prefix=f"stages.{name}.")
+
+
+def references(value) -> list[str]:
+    """Every '@section' inside a configuration value, in order of appearance."""
+    if isinstance(value, str):
+        return [value[1:]] if value.startswith("@") else []
+    if isinstance(value, dict):
+        return [r for v in value.values() for r in references(v)]
+    if isinstance(value, (list, tuple)):
+        return [r for v in value for r in references(v)]
+    return []
+
+
+def fields_referring_to(config: StageConfig, what: str) -> dict[str, Any]:
+    """The fields of a stage configuration declared as `DataNames` ('data') or `ModelRef` ('model'), with their values."""
+    out = {}
+    for name, field in type(config).model_fields.items():
+        extra = field.json_schema_extra or {}
+        if not extra:
+            for arg in get_args(field.annotation):
+                for meta in getattr(arg, "__metadata__", ()):
+                    extra = extra or getattr(meta, "json_schema_extra", None) or {}
+        if extra.get("refers_to") == what and getattr(config, name) is not None:
+            out[name] = getattr(config, name)
+    return out
+
+
+def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Read, override and check a recipe. Raises PosttrainError naming the file and key at fault."""
+    path = Path(path)
+    raw = read_yaml(path)
+    seen = [path]
+    while "extends" in raw:
+        parent = (seen[-1].parent / str(raw.pop("extends"))).resolve()
+        if parent in [p.resolve() for p in seen]:
+            raise PosttrainError(str(path), f"'extends' comes back to {parent}", "a chain that ends", "Remove one 'extends'.")
+        seen.append(parent)
+        raw = _merge(read_yaml(parent), raw)
+    for text in overrides:
+        _apply_override(raw, text)
+    place = str(path)
+    try:
+        recipe = Recipe(**{k: v for k, v in raw.items() if k != "path"}, path=place)
+    except ValidationError as e:
+        _refuse(e, place, Recipe)
+    if not recipe.stages:
+        raise PosttrainError(f"{place}: stages", "no sections", "at least one stage", "Start from a recipe in recipes/.")
+    for name, section in recipe.stages.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise PosttrainError(f"{place}: stages.{name}", "not usable as a folder name", "letters, digits, '.', '_', '-'", "Rename the section.")
+        if not isinstance(section or {}, dict):
+            raise PosttrainError(f"{place}: stages.{name}", f"got {section!r}", "a mapping", "Write the stage's keys below its name.")
+        recipe.stages[name] = _stage_config(name, section or {}, place)
+    _check_names(recipe, place)
+    return recipe
+
+
+def _check_names(recipe: Recipe, place: str) -> None:
+    """Every data name, data format and @reference must exist; references must not form a circle."""
+    from posttrain.formats import FORMATS
+
+    for name, entries in recipe.data_sets.items():
+        if not isinstance(entries, list):
+            raise PosttrainError(f"{place}: data.{name}", f"got {type(entries).__name__}", "a list of data entries", "Write '- {path: ..., format: ...}'.")
+        for i, entry in enumerate(entries):
+            if entry.format not in FORMATS:
+                raise PosttrainError(f"{place}: data.{name}[{i}].format", f"unknown format '{entry.format}'",
+                                     f"one of {', '.join(FORMATS)}", _suggest(entry.format, FORMATS))
+    for name, config in recipe.stages.items():
+        for ref in references(config.model_dump()):
+            if ref not in recipe.stages:
+                raise PosttrainError(f"{place}: stages.{name}", f"'@{ref}' names no section", "a section of this recipe",
+                                     _suggest(ref, [s for s in recipe.stages if s != name]))
+        for field, names in fields_referring_to(config, "data").items():
+            for data_name in names:
+                if not data_name.startswith("@") and data_name not in recipe.data_sets:
+                    raise PosttrainError(f"{place}: stages.{name}.{field}", f"no data set '{data_name}'", "a name of the data section",
+                                         _suggest(data_name, recipe.data_sets))
+    order(recipe)
+
+
+def order(recipe: Recipe) -> list[str]:
+    """Section names, parents first, otherwise in the recipe's order. Raises on a circle."""
+    done, path = [], []
+
+    def visit(name):
+        if name in done:
+            return
+        if name in path:
+            circle = " -> ".join(path[path.index(name):] + [name])
+            raise PosttrainError(f"{recipe.path}: stages", f"sections wait for each other: {circle}", "references without a circle",
+                                 "Break the circle.")
+        path.append(name)
+        for parent in references(recipe.stages[name].model_dump()):
+            visit(parent)
+        path.pop()
+        done.append(name)
+
+    for name in recipe.stages:
+        visit(name)
+    return done

@@ -1,0 +1,347 @@
+"""Run folders: fingerprints, references between sections, what is done, what changed, what goes on.
+
+runs/<run>/<section>/ holds config.yaml, manifest.json, metrics.jsonl, samples.jsonl, checkpoints, the output and DONE, which is
+written last and atomically. A section is skipped when DONE names its fingerprint: the hash of everything that can change its
+result (its configuration, the model, the rows of its data, its parents' fingerprints, the seed).
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from posttrain import config as cfg
+from posttrain.errors import PosttrainError
+from posttrain.log import Log, duration, say
+from posttrain.stages import STAGES, load_module
+
+FORMAT = 1  # of the run folder; raised when an older folder can no longer be continued
+NOT_PART_OF_THE_RESULT = {"save_steps", "save_total_limit"}
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file or nothing, durable before the name appears."""
+    tmp = path.with_name(path.name + ".tmp")
+    with tmp.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    tmp.replace(path)
+
+
+def write_json(path: Path, value) -> None:
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise PosttrainError(str(path), f"damaged ({e})", "the JSON this program wrote",
+                             "Delete the section's folder; it will be made again.") from None
+
+
+def digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def flatten(prefix: str, value) -> dict:
+    """Nested configuration -> {'a.b[0].c': value}."""
+    if isinstance(value, dict):
+        return {k2: v2 for k, v in value.items() for k2, v2 in flatten(f"{prefix}.{k}" if prefix else str(k), v).items()}
+    if isinstance(value, list):
+        return {k2: v2 for i, v in enumerate(value) for k2, v2 in flatten(f"{prefix}[{i}]", v).items()}
+    return {prefix: value}
+
+
+def folder_digest(path: Path) -> str:
+    """Of a local model folder: names, sizes and both ends of every file; fast for many gigabytes."""
+    h = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.is_file()):
+        size = file.stat().st_size
+        h.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as f:
+            h.update(f.read(1 << 16))
+            f.seek(max(0, size - (1 << 16)))
+            h.update(f.read(1 << 16))
+    return h.hexdigest()
+
+
+@dataclass
+class Section:
+    """One stage of one run, as its module sees it."""
+
+    run: "Run"
+    name: str
+    config: cfg.StageConfig
+    manifest: dict = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return self.config.stage
+
+    @property
+    def recipe(self) -> cfg.Recipe:
+        return self.run.recipe
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.run.seed
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder / self.name
+
+    @property
+    def place(self) -> str:
+        return f"{self.recipe.path}: stages.{self.name}"
+
+    @cached_property
+    def log(self) -> Log:
+        return Log(self.folder, self.name)
+
+    def parent(self, ref: str) -> "Section":
+        """The section that '@name' names."""
+        return self.run.section(ref.removeprefix("@"))
+
+    def results(self) -> dict:
+        """What the section measured, as `finish` stored it."""
+        return read_json(self.folder / "results.json")
+
+    def decide(self, key: str, choose):
+        """A choice made by clock, machine or free memory: made once, kept in the manifest, the same after a resume."""
+        decisions = self.manifest.setdefault("decisions", {})
+        if key not in decisions:
+            decisions[key] = choose()
+            self.save_manifest()
+        return decisions[key]
+
+    def inexact(self, why: str) -> None:
+        """Say and store that bit-identity with an uninterrupted run is off."""
+        if self.manifest.get("exact", True):
+            say(f"  note: {why}; the result may differ in the last bits from an uninterrupted run")
+        self.manifest["exact"] = False
+        self.manifest.setdefault("inexact_because", []).append(why)
+        self.save_manifest()
+
+    def save_manifest(self) -> None:
+        write_json(self.folder / "manifest.json", self.manifest)
+
+    def inputs(self) -> dict:
+        """Everything that can change the result, flat, so that a change can be named."""
+        recipe = self.recipe
+        out = {"run.seed": self.seed, "format": FORMAT, **flatten("model", recipe.model.model_dump())}
+        stage = {k: v for k, v in self.config.model_dump().items() if k not in NOT_PART_OF_THE_RESULT}
+        out |= flatten(f"stages.{self.name}", stage)
+        for names in cfg.fields_referring_to(self.config, "data").values():
+            for name in (n for n in names if not n.startswith("@")):
+                out |= self.run.data_inputs(name)
+        for value in cfg.fields_referring_to(self.config, "model").values():
+            out |= self.run.model_inputs(value)
+        for ref in dict.fromkeys(cfg.references(self.config.model_dump())):
+            out[f"section {ref}"] = self.run.section(ref).fingerprint
+        return out
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest(self.inputs())
+
+    def state(self) -> str:
+        """'done', 'changed', 'started' or 'new'."""
+        manifest = read_json(self.folder / "manifest.json")
+        if not manifest:
+            return "new"
+        if manifest.get("fingerprint") != self.fingerprint:
+            return "changed"
+        done = self.folder / "DONE"
+        return "done" if done.exists() and done.read_text().strip() == self.fingerprint else "started"
+
+    def changes(self) -> list[str]:
+        """Which inputs differ from those of the folder on disk, in words."""
+        old, new = read_json(self.folder / "manifest.json").get("inputs", {}), self.inputs()
+        out = []
+        for key in dict.fromkeys([*old, *new]):
+            if old.get(key) != new.get(key):
+                if key.startswith("section ") or key.endswith(("rows in training", "rows held out", "files")):
+                    out.append(f"{key} changed")
+                else:
+                    out.append(f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}")
+        return out
+
+    def finish(self, results: dict) -> None:
+        """Store what was measured and mark the section done."""
+        write_json(self.folder / "results.json", results)
+        self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S")
+        self.manifest["seconds"] = round(self.manifest.get("seconds", 0) + time.time() - self.run.clock, 1)
+        self.save_manifest()
+        write_atomic(self.folder / "DONE", self.fingerprint + "\n")
+
+
+class Run:
+    """A recipe and its folder."""
+
+    def __init__(self, recipe: cfg.Recipe):
+        self.recipe = recipe
+        self.folder = Path(recipe.run.dir) / recipe.run.name
+        self._sections: dict[str, Section] = {}
+        self.clock = time.time()
+
+    @cached_property
+    def data(self):
+        """The recipe's data sets, split once for all sections."""
+        from posttrain.data import DataSets
+
+        return DataSets(self.recipe)
+
+    def section(self, name: str) -> Section:
+        if name not in self._sections:
+            section = Section(self, name, self.recipe.stages[name])
+            section.manifest = read_json(section.folder / "manifest.json")
+            self._sections[name] = section
+        return self._sections[name]
+
+    def data_inputs(self, name: str) -> dict:
+        entries = [e.model_dump(exclude={"expect"}) for e in self.recipe.data_sets[name]]
+        split = self.data.split(name)
+        return {**flatten(f"data.{name}", entries),
+                f"data.{name}: rows in training": digest([vars(i) for i in split.train]),
+                f"data.{name}: rows held out": digest([vars(i) for i in split.held_out])}
+
+    def model_inputs(self, value: str | dict) -> dict:
+        names = list(value.values()) if isinstance(value, dict) else [value]
+        names = [self.recipe.model.name_or_path if n == "base" else n for n in names if isinstance(n, str) and not n.startswith("@")]
+        return {f"{n}: files": folder_digest(Path(n)) for n in names if Path(n).is_dir()}
+
+    @contextmanager
+    def lock(self):
+        """Two programs on one run folder exclude each other; the lock dies with its process."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = (self.folder / ".lock").open("w")
+        except OSError as e:
+            raise PosttrainError(str(self.folder), f"cannot be written ({e.strerror})", "a writable run folder",
+                                 "Free the disk, fix the permissions, or set run.dir=OTHER_FOLDER.") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise PosttrainError(str(self.folder), "another program works on this run", "one at a time",
+                                 "Wait for it, stop it, or set run.name=OTHER.") from None
+        try:
+            yield
+        finally:
+            handle.close()
+
+    def start(self, section: Section) -> None:
+        """Make the section's folder ready: continue it, or set an outdated one aside and begin."""
+        state = section.state()
+        if state == "changed":
+            aside = self.folder / ".previous" / f"{section.name}-{section.manifest['fingerprint'][:10]}"
+            if aside.exists():
+                shutil.rmtree(aside)
+            aside.parent.mkdir(exist_ok=True)
+            section.folder.rename(aside)
+            kept = self.folder / ".previous" / f"{section.name}-{section.fingerprint[:10]}"
+            if kept.exists():
+                kept.rename(section.folder)
+            section.__dict__.pop("log", None)
+            section.manifest = read_json(section.folder / "manifest.json")
+        section.folder.mkdir(parents=True, exist_ok=True)
+        if not section.manifest:
+            section.manifest = {
+                "kind": section.kind, "section": section.name, "fingerprint": section.fingerprint, "inputs": section.inputs(),
+                "parents": {r: self.section(r).fingerprint for r in dict.fromkeys(cfg.references(section.config.model_dump()))},
+                "seed": section.seed, "base": {"name_or_path": self.recipe.model.name_or_path, "revision": self.recipe.model.revision},
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "exact": True, **provenance(),
+            }
+            section.save_manifest()
+            write_atomic(section.folder / "config.yaml", cfg.dump_yaml(
+                {"section": section.name, "model": self.recipe.model.model_dump(), "stage": section.config.model_dump()}))
+
+
+def provenance() -> dict:
+    """Commit, versions and machine, for the manifest. Holds no path and no environment value."""
+    try:
+        root = Path(__file__).parent.parent
+        commit = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+                                capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    versions = {}
+    for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {"commit": commit, "versions": versions, "python": platform.python_version(),
+            "machine": {"system": platform.system(), "processor": platform.machine(), "cores": len(os.sched_getaffinity(0))}}
+
+
+def run_sections(run: Run, names: list[str] | None = None) -> None:
+    """Walk the recipe's road: skip what is done, continue what was cut off, run what is new or changed."""
+    whole = names is None
+    names = cfg.order(run.recipe) if whole else names
+    with run.lock():
+        began = time.time()
+        for i, name in enumerate(names, 1):
+            section = run.section(name)
+            title = f"[{i}/{len(names)}] {name} ({section.kind})"
+            for ref in cfg.references(section.config.model_dump()):
+                if run.section(ref).state() != "done":
+                    raise PosttrainError(section.place, f"'@{ref}' is {run.section(ref).state()}", "a finished section",
+                                         f"Run it first: `python -m posttrain run {run.recipe.path}`.")
+            state = section.state()
+            if state == "done":
+                say(f"{title}: done already, skipped", style="dim")
+                continue
+            if state == "changed":
+                shown = section.changes()
+                say(f"{title}: runs again, because {'; '.join(shown[:4])}{f' and {len(shown) - 4} more' if len(shown) > 4 else ''}"
+                    f" (the earlier result is kept in {run.folder / '.previous'})", style="bold")
+            else:
+                say(f"{title}{': goes on where it was cut off' if state == 'started' else ''}", style="bold")
+            run.start(section)
+            if section.state() == "done":
+                say("  found among the earlier results; nothing to do")
+                continue
+            run.clock = time.time()
+            try:
+                load_module(section.kind).run(section)
+            except OSError as e:
+                if e.errno in (28, 122, 30, 13):
+                    raise PosttrainError(str(section.folder), f"cannot be written ({e.strerror})", "room on a writable disk",
+                                         "Free some space and run the same command again; nothing finished is lost.") from e
+                raise
+            finally:
+                if not (section.folder / "DONE").exists() and section.manifest:
+                    section.manifest["seconds"] = round(section.manifest.get("seconds", 0) + time.time() - run.clock, 1)
+                    try:
+                        section.save_manifest()
+                    except OSError:
+                        pass
+            say(f"  done in {duration(section.manifest['seconds'])}")
+        if whole:
+            say(f"All {len(names)} sections of {run.recipe.run.name} are done ({duration(time.time() - began)} this time).", style="bold")
+
+
+def sections_of(recipe: cfg.Recipe, kinds: set[str]) -> list[str]:
+    return [n for n in cfg.order(recipe) if recipe.stages[n].stage in kinds]
+
+
+def stage_home(kind: str) -> str:
+    return STAGES[kind].module.split(".")[0]

@@ -1,0 +1,29 @@
+"""The one table of stage kinds. A module is imported only when its stage runs, a config class when a recipe is read."""
+
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    config: str  # "module:Class", light: imports no torch
+    module: str  # has run(section) and says what the stage is in its docstring
+    makes: str  # "model", "data" or "report": what an @reference to it yields
+
+
+STAGES: dict[str, Stage] = {
+    "sft": Stage("sft.config:SFTStage", "sft.train", "model"),
+    "reward": Stage("reward.config:RewardStage", "reward.train", "model"),
+    "rejection": Stage("rlhf.config:RejectionStage", "rlhf.rejection", "data"),
+    "ppo": Stage("rlhf.config:PPOStage", "rlhf.ppo", "model"),
+    "evaluate": Stage("safety.config:EvaluateStage", "safety.evaluate", "report"),
+    "export": Stage("posttrain.export_config:ExportStage", "posttrain.export", "model"),
+}
+
+
+def load_config_class(kind: str):
+    module, _, name = STAGES[kind].config.partition(":")
+    return getattr(import_module(module), name)
+
+
+def load_module(kind: str):
+    return import_module(STAGES[kind].module)
