@@ -21,6 +21,7 @@ _RATING_WORDS = RATINGS | {"negligibly_better_or_unsure": 0, "negligibly_better_
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = _ROLES | {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
                             "bard": "assistant", "model": "assistant", "bot": "assistant"}
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,9 @@ def _text(value, column: str, empty: str | None) -> str:
     """Stripped text. empty: the reason when nothing is left; None allows that."""
     if not isinstance(value, str):
         raise _wrong_type(column, value, "text")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise RowError("unparsable", f"'{column}' holds half a character (a lone surrogate, or a byte that is not UTF-8)", "valid Unicode text",
-                           "Write the file again as UTF-8") from None
+    if not value.isascii() and _LONE_SURROGATE.search(value):
+        raise RowError("unparsable", f"'{column}' holds half a character (a lone surrogate, or a byte that is not UTF-8)",
+                       "valid Unicode text", "Write the file again as UTF-8")
     value = value.strip()
     if not value and empty:
         raise RowError(empty, f"'{column}' is empty", "some text", "Remove the row or fill it in")
@@ -191,6 +189,8 @@ def _prompt(value, column: str = "prompt") -> list[Message]:
     """Text or messages -> a conversation that ends with the user."""
     if isinstance(value, str):
         return _user(_text(value, column, "empty_prompt"))
+    if _records(value) is None:
+        raise _wrong_type(column, value, "text or a list of {role, content}")
     return _ordered(_turns(value, column), column, last="user")
 
 
@@ -246,15 +246,21 @@ def _rating(value) -> int | None:
     return level
 
 
+def _plain(value) -> bool:
+    """A short scalar that JSON can hold."""
+    if isinstance(value, str):
+        return len(value) <= 200 and (value.isascii() or not _LONE_SURROGATE.search(value))
+    return isinstance(value, (bool, int, float)) and abs(value) < 2**63
+
+
 def _common(row: dict, *used: str) -> dict:
     """source, safety and meta of an item."""
     meta = {}
     for key, value in row.items():
-        if isinstance(key, str) and key not in used and key not in ("source", "safety"):
-            if isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 200):
-                meta[key] = value
+        if key not in used and key not in ("source", "safety") and _plain(key) and _plain(value):
+            meta[key] = value
     source = row.get("source")
-    return {"source": source.strip() if isinstance(source, str) else "", "safety": row.get("safety") is True, "meta": meta}
+    return {"source": source.strip() if isinstance(source, str) and _plain(source) else "", "safety": row.get("safety") is True, "meta": meta}
 
 
 def _pair(prompt: list[Message], chosen: str, rejected: str, **rest) -> Pair:
@@ -652,7 +658,7 @@ def _replies(node: dict, where: str) -> list[dict]:
 
 def _rank(node: dict) -> float:
     rank = node.get("rank")
-    return rank if isinstance(rank, (int, float)) and not isinstance(rank, bool) and rank == rank else math.inf
+    return rank if isinstance(rank, (int, float)) and not isinstance(rank, bool) and not math.isnan(rank) else math.inf
 
 
 def oasst(row: dict) -> list[Pair]:
@@ -664,12 +670,12 @@ def oasst(row: dict) -> list[Pair]:
     while open_turns:
         node, where, before = open_turns.pop(0)
         turns = [*before, _node(node, where, "prompter")]
-        answers = [(_rank(r), _node(r, f"{where}.replies", "assistant"), r) for r in _replies(node, where)]
+        answers = [(_rank(r), _node(r, "replies", "assistant"), r) for r in _replies(node, where)]
         for (rank, good, _), (other_rank, bad, _) in combinations(answers, 2):
             if rank < other_rank < math.inf and good != bad:
                 pairs.append(_pair(turns, good["content"], bad["content"], **common))
         for _, answer, reply in answers:
-            open_turns += [(r, f"{where}.replies.replies"[-60:], [*turns, answer]) for r in _replies(reply, where)]
+            open_turns += [(r, "replies", [*turns, answer]) for r in _replies(reply, where)]
     if not pairs:
         raise Skip("no_ranked_answers")
     return pairs

@@ -1,0 +1,298 @@
+"""The report's figures as inline SVG text. Each function takes plain numbers and returns one `<svg>` element.
+
+Every series differs by colour, line style and marker, so that a grey print reads as well as a screen. Text stays text: it takes
+the page's font, can be searched, and keeps a figure at a few kilobytes. matplotlib is imported only when a figure is drawn.
+"""
+
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from itertools import pairwise
+
+INK, SOFT, GRID = "#1c2430", "#566070", "#e3e7ec"
+STYLES = [  # colour, line, marker, whether the marker is filled
+    ("#174a8b", "-", "o", True),
+    ("#b4530b", "--", "s", False),
+    ("#1f7a5c", "-.", "^", True),
+    ("#7a3b8f", ":", "D", False),
+    ("#4a5361", (0, (5, 1, 1, 1, 1, 1)), "v", True),
+]
+WIDTH, HEIGHT = 4.3, 2.75  # inches; small, so that the text is still readable when a phone scales the figure down
+RC = {
+    "font.family": "sans-serif", "font.size": 8.0, "text.color": INK, "text.parse_math": False, "svg.fonttype": "none",
+    "svg.hashsalt": "posttrain", "axes.edgecolor": SOFT, "axes.labelcolor": INK, "axes.linewidth": 0.6, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.6,
+    "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "xtick.major.size": 2.5,
+    "ytick.major.size": 0, "xtick.major.width": 0.6, "lines.linewidth": 1.5, "lines.markersize": 4.2, "legend.frameon": False,
+    "legend.fontsize": 8.0, "legend.handlelength": 2.8, "legend.borderaxespad": 0.0, "legend.columnspacing": 1.4,
+    "hatch.linewidth": 0.7, "figure.constrained_layout.h_pad": 0.04, "figure.constrained_layout.w_pad": 0.04,
+}
+
+
+@dataclass
+class Line:
+    """One series over steps. low and high, where given, are the ends of an interval round each point."""
+
+    label: str
+    xs: list[float]
+    ys: list[float]
+    style: int = 0
+    low: list[float] | None = None
+    high: list[float] | None = None
+    quiet: bool = False  # a noisy series drawn thin behind the ones that matter
+
+
+@dataclass
+class Dot:
+    """A value with its interval; `group` is the heading it stands under."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    style: int = 0
+    group: str = ""
+    cross: bool = False  # a reference value rather than a measured model
+
+
+def short(text: str, length: int = 22) -> str:
+    """A label that fits a figure."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def figure_svg(key: str, draw, size: tuple[float, float] = (WIDTH, HEIGHT)) -> str:
+    """Run draw(figure) and return the figure as an SVG element whose ids all start with `key`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with warnings.catch_warnings(), matplotlib.rc_context(RC):
+        warnings.simplefilter("ignore")  # a glyph that the measuring font lacks; the page's font shows it
+        fig = Figure(figsize=size, layout="constrained")
+        draw(fig)
+        out = io.StringIO()
+        fig.savefig(out, format="svg", transparent=True)
+    return _inline(out.getvalue(), re.sub(r"[^A-Za-z0-9]+", "-", key))
+
+
+def _inline(svg: str, key: str) -> str:
+    """A standalone SVG file -> an element that can share a page: no prolog, no global style, ids of its own, page-wide width."""
+    svg = svg[svg.index("<svg"):]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" focusable="false">', svg, count=1)
+    svg = re.sub(r'\bid="', f'id="{key}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{key}-", svg)
+    svg = re.sub(r'(?:xlink:)?href="#', f'href="#{key}-', svg)
+    svg = re.sub(r"(\d\.\d{2})\d+", r"\1", svg)
+    return re.sub(r"\n\s*", "\n", svg).strip()
+
+
+def _percent(axis) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
+
+
+def _legend(ax, columns: int = 3) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) > 1:
+        ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.03), ncols=columns)
+
+
+def _look(style: int, quiet: bool = False) -> dict:
+    colour, line, marker, filled = STYLES[style % len(STYLES)]
+    look = {"color": colour, "linestyle": line, "marker": marker, "markerfacecolor": colour if filled else "white"}
+    return {**look, "linewidth": 0.9, "alpha": 0.75, "marker": ""} if quiet else look
+
+
+def lines(key: str, series: list[Line], x: str, y: str, mark: tuple[float, str] | None = None, level: tuple[float, str] | None = None,
+          percent: bool = False, whole: bool = True, zero: bool = False) -> str:
+    """Curves over steps. mark: a vertical line (x, words); level: a horizontal one (y, words); zero: the y axis starts at 0."""
+    def draw(fig):
+        from matplotlib.ticker import MaxNLocator
+
+        ax = fig.subplots()
+        for s in series:
+            quiet = s.quiet and len(s.xs) > 1
+            if s.low and s.high:
+                ax.fill_between(s.xs, s.low, s.high, color=STYLES[s.style % len(STYLES)][0], alpha=0.14, linewidth=0)
+            ax.plot(s.xs, s.ys, label=short(s.label, 30), markevery=max(1, len(s.xs) // 14), **_look(s.style, quiet))
+        if mark:
+            ax.axvline(mark[0], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+            right = mark[0] < sum(ax.get_xlim()) / 2
+            ax.annotate(mark[1], (mark[0], 0.03), xycoords=("data", "axes fraction"), xytext=(4 if right else -4, 0),
+                        textcoords="offset points", ha="left" if right else "right", va="bottom", color=SOFT)
+        if level:
+            ax.axhline(level[0], color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
+            ax.annotate(level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+                        ha="right", va="bottom", color=SOFT)
+        if whole:
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        if percent:
+            _percent(ax.yaxis)
+        if zero:
+            ax.set_ylim(bottom=0)
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
+        _legend(ax)
+    return figure_svg(key, draw)
+
+
+def by_category(key: str, categories: list[str], series: dict[str, list[Dot | None]], y: str, level: tuple[float, str]) -> str:
+    """Shares with intervals over ordered categories, one marker a series, joined so that the trend shows."""
+    def draw(fig):
+        ax = fig.subplots()
+        for i, (name, dots) in enumerate(series.items()):
+            shift = (i - (len(series) - 1) / 2) * 0.2
+            found = [(j + shift, d) for j, d in enumerate(dots) if d]
+            xs, ys = [x for x, _ in found], [d.value for _, d in found]
+            ax.plot(xs, ys, label=short(name, 30), zorder=3, **{**_look(i), "linewidth": 0.8})
+            for x, d in found:
+                ax.vlines(x, _or(d.low, d.value), _or(d.high, d.value), color=STYLES[i % len(STYLES)][0], linewidth=1.2)
+        ax.axhline(level[0], color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
+        ax.annotate(level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(0, -2), textcoords="offset points",
+                    ha="right", va="top", color=SOFT)
+        ax.set_xticks(range(len(categories)), [short(c, 14).replace(" ", "\n", 1) for c in categories])
+        ax.set_xlim(-0.5, len(categories) - 0.5)
+        ax.grid(axis="x", visible=False)
+        _percent(ax.yaxis)
+        ax.set_ylabel(y)
+        _legend(ax)
+    return figure_svg(key, draw)
+
+
+def _or(value, other):
+    return other if value is None else value
+
+
+def dots(key: str, rows: list[Dot], x: str, level: tuple[float, str] | None = None, percent: bool = True) -> str:
+    """Values with intervals on horizontal rows under group headings, the number written at the right."""
+    groups = list(dict.fromkeys(r.group for r in rows))
+    places, heads, y = {}, {}, 0.0
+    for group in groups:
+        if group:
+            heads[group] = y
+            y += 0.95
+        for i, row in enumerate(rows):
+            if row.group == group:
+                places[i] = y
+                y += 1.0
+        y += 0.25
+
+    def draw(fig):
+        ax = fig.subplots()
+        for i, row in enumerate(rows):
+            _dot(ax, row, places[i])
+            text = f"{100 * row.value:.0f} %" if percent else f"{row.value:.2f}".replace("-", "−")
+            ax.annotate(text, (1.01, places[i]), xycoords=("axes fraction", "data"), va="center", ha="left", color=INK)
+        if level:
+            ax.axvline(level[0], color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
+            ax.annotate(level[1], (level[0], 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=SOFT)
+        ax.set_yticks([*places.values(), *heads.values()], [*(short(r.label, 24) for r in rows), *(short(h, 24) for h in heads)])
+        for tick in ax.get_yticklabels()[len(places):]:
+            tick.set_fontweight("bold")
+        ax.set_ylim(y - 0.4, -0.7)
+        ax.grid(axis="y", visible=False)
+        ax.spines["left"].set_visible(False)
+        ax.margins(x=0.08)
+        if percent:
+            _percent(ax.xaxis)
+        ax.set_xlabel(x)
+    return figure_svg(key, draw, (WIDTH, max(1.5, 0.75 + 0.21 * y)))
+
+
+def _dot(ax, row: Dot, y: float) -> None:
+    colour, _, marker, filled = STYLES[row.style % len(STYLES)]
+    if row.low is not None and row.high is not None:
+        ax.hlines(y, row.low, row.high, color=colour, linewidth=1.6)
+    if row.cross:
+        ax.plot([row.value], [y], marker="x", color=SOFT, markersize=5, linestyle="", markeredgewidth=1.6)
+    else:
+        ax.plot([row.value], [y], marker=marker, color=colour, markerfacecolor=colour if filled else "white", linestyle="", markersize=5.5)
+
+
+def calibration(key: str, curves: dict[str, list[tuple[float, float, float]]]) -> str:
+    """curves: name -> [(confidence, accuracy, pairs)]; a marker's area follows the number of pairs."""
+    def draw(fig):
+        ax = fig.subplots()
+        low = min([0.5, *(min(c, a) for rows in curves.values() for c, a, _ in rows)])
+        ax.plot([low, 1], [low, 1], color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
+        ax.annotate("perfectly calibrated", (0.97, 0.97), xytext=(-4, 3), textcoords="offset points", ha="right", va="bottom", color=SOFT)
+        for i, (name, rows) in enumerate(curves.items()):
+            colour, line, marker, filled = STYLES[i % len(STYLES)]
+            xs, ys = [c for c, _, _ in rows], [a for _, a, _ in rows]
+            most = max([n for _, _, n in rows] or [1]) or 1
+            ax.plot(xs, ys, label=short(name, 30), zorder=3, **{**_look(i), "markersize": 3.5})
+            ax.scatter(xs, ys, s=[12 + 70 * n / most for _, _, n in rows], marker=marker, zorder=4,
+                       facecolors=colour if filled else "white", edgecolors=colour)
+        _percent(ax.xaxis)
+        _percent(ax.yaxis)
+        ax.set_xlabel("confidence: σ(score of chosen − score of rejected), folded at 50 %")
+        ax.set_ylabel("pairs ordered rightly")
+        _legend(ax)
+    return figure_svg(key, draw)
+
+
+def histogram(key: str, edges: list[float], chosen: list[float], rejected: list[float], x: str) -> str:
+    """Shares of chosen and rejected answers by score: a filled outline against a dashed, hatched one."""
+    def draw(fig):
+        ax = fig.subplots()
+        for label, counts, colour, line, hatch in (("chosen", chosen, STYLES[0][0], "-", None), ("rejected", rejected, STYLES[1][0], "--", "////")):
+            total = sum(counts) or 1
+            heights = [c / total for c in counts]
+            ax.stairs(heights, edges, fill=True, facecolor=(*_rgb(colour), 0.22) if not hatch else "none", edgecolor=(*_rgb(colour), 0.55),
+                      hatch=hatch, linewidth=0)
+            ax.stairs(heights, edges, color=colour, linestyle=line, linewidth=1.5, label=label)
+        _percent(ax.yaxis)
+        ax.set_xlabel(x)
+        ax.set_ylabel("share of answers")
+        _legend(ax)
+    return figure_svg(key, draw)
+
+
+def _rgb(colour: str) -> tuple[float, float, float]:
+    return tuple(int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def plane(key: str, points: list[tuple[str, Dot, Dot]], x: str, y: str) -> str:
+    """points: (name, horizontal value, vertical value) in order; arrows lead from each to the next."""
+    def draw(fig):
+        ax = fig.subplots()
+        for (_, ax0, ay0), (_, ax1, ay1) in pairwise(points):
+            ax.annotate("", (ax1.value, ay1.value), (ax0.value, ay0.value), zorder=2,
+                        arrowprops={"arrowstyle": "-|>", "color": SOFT, "linewidth": 0.9, "shrinkA": 6, "shrinkB": 6, "linestyle": "-"})
+        for i, (name, h, v) in enumerate(points):
+            colour, _, marker, filled = STYLES[i % len(STYLES)]
+            ax.hlines(v.value, _or(h.low, h.value), _or(h.high, h.value), color=colour, linewidth=1.0, alpha=0.7)
+            ax.vlines(h.value, _or(v.low, v.value), _or(v.high, v.value), color=colour, linewidth=1.0, alpha=0.7)
+            ax.plot([h.value], [v.value], marker=marker, markersize=6.5, color=colour, markerfacecolor=colour if filled else "white",
+                    linestyle="", zorder=4)
+            ax.annotate(short(name, 18), (h.value, v.value), xytext=(6, 5), textcoords="offset points", color=INK, fontweight="bold", zorder=5)
+        ax.margins(0.14)
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
+    return figure_svg(key, draw)
+
+
+def grid(key: str, series: list[Line], x: str) -> str:
+    """Small panels, one a metric: everything a section recorded, at a glance."""
+    columns = 4
+    rows = -(-len(series) // columns)
+
+    def draw(fig):
+        from matplotlib.ticker import MaxNLocator
+
+        axes = fig.subplots(rows, columns, squeeze=False)
+        for i, ax in enumerate(axes.flat):
+            if i >= len(series):
+                ax.set_visible(False)
+                continue
+            s = series[i]
+            ax.plot(s.xs, s.ys, color=STYLES[0][0], linewidth=1.0, marker="o" if len(s.xs) < 8 else "", markersize=2.5)
+            ax.set_title(short(s.label, 26), fontsize=8, loc="left", fontweight="bold")
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+            ax.yaxis.set_major_locator(MaxNLocator(nbins=3))
+            if i + columns >= len(series):
+                ax.set_xlabel(x)
+    return figure_svg(key, draw, (8.6, 0.35 + 1.25 * rows))
