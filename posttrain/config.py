@@ -72,6 +72,7 @@ class DataEntry(Strict):
     rows: int | None = Field(None, ge=1)
     fraction: float | None = Field(None, gt=0, le=1)
     weight: float = Field(1.0, gt=0)
+    bad_rows: Literal["stop", "drop"] = "stop"
     safety_prompt: bool = False
     expect: Expected | None = None
 

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 import zlib
@@ -24,7 +25,7 @@ from posttrain.formats import FORMATS, Demonstration, Pair, Prompt, RowError, Sk
 Item = Demonstration | Pair | Prompt
 Row = tuple[int | None, dict | RowError]  # a row number (None: the whole file) and the row or what is wrong with it
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_HELD_OUT_FIELD = {"demonstration": "demonstrations", "pair": "pairs", "prompt": "prompts"}
+HELD_OUT_FIELD = {"demonstration": "demonstrations", "pair": "pairs", "prompt": "prompts"}
 _BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"),
          (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
@@ -167,6 +168,9 @@ def _json_array(text: str) -> Iterator[Row]:
             return
         yield number, _as_row(value)
         position, number = gap.match(text, position).end(), number + 1
+    if text[position + 1:].strip():
+        yield None, RowError("unparsable", f"more text after the array ({show(text[position + 1:].strip())})", "one array of objects",
+                             "Join the arrays, or write one object a line and name the file .jsonl")
 
 
 def _csv(text: str) -> Iterator[Row]:
@@ -178,8 +182,10 @@ def _csv(text: str) -> Iterator[Row]:
             record = next(records, None)
         except csv.Error as e:
             number += 1
-            yield number, RowError("unparsable", f"not CSV ({e}, line {records.line_num})", "quoted cells parted by commas",
+            yield number if header else None, RowError("unparsable", f"not CSV ({e}, line {records.line_num})", "quoted cells parted by commas",
                                    "Double the quotes inside quoted cells and close every cell")
+            if header is None:
+                return
             continue
         if record is None:
             return
@@ -230,7 +236,7 @@ def _local(entry: DataEntry, recipe_dir: Path, place: str) -> Path | None:
     """The local file of an entry; None: its path is a hub name."""
     path = Path(entry.path).expanduser()
     tried = [Path(recipe_dir) / path, path]
-    found = next((p for p in tried if p.exists()), None)
+    found = next((p for p in tried if os.path.exists(p)), None)
     if found is None:
         if file_kind(path) is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry.path):
             return None
@@ -267,7 +273,7 @@ def _hub_commit(entry: DataEntry, place: str) -> str:
 
     try:
         return HfApi().dataset_info(entry.path, revision=entry.revision, timeout=20).sha
-    except Exception as e:  # the hub client has no common base for its, httpx's and the socket's errors
+    except Exception as e:  # noqa: BLE001  the hub client has no common base for its, httpx's and the socket's errors
         raise _unreachable(place, entry, e) from None
 
 
@@ -283,12 +289,12 @@ def _hub_rows(entry: DataEntry, commit: str, place: str) -> Iterator[Row]:
         from datasets import load_dataset
 
         rows = load_dataset(entry.path, name=entry.name, data_dir=entry.data_dir, split=entry.split, revision=commit)
-    except Exception as e:  # datasets raises whatever its many back ends do
+    except Exception as e:  # noqa: BLE001  datasets raises whatever its many back ends do
         raise _unreachable(place, entry, e) from None
     yield from enumerate(rows, 1)
 
 
-def _renamed(row: dict, columns: dict[str, str]) -> dict:
+def renamed(row: dict, columns: dict[str, str]) -> dict:
     """columns: {ours: theirs}. Raises RowError where theirs is not there."""
     if not columns:
         return row
@@ -345,7 +351,7 @@ def load_entry(entry: DataEntry, recipe_dir: Path, seed: int, place: str) -> Loa
             try:
                 if isinstance(row, RowError):
                     raise row
-                made = read(_renamed(row, entry.columns))
+                made = read(renamed(row, entry.columns))
                 units.append((number, made if isinstance(made, list) else [made]))
             except RowError as e:
                 findings.append(Finding("bad", e.reason, entry.path, number, str(e)))
@@ -419,7 +425,7 @@ class DataSets:
 
     def _wish(self, name: str) -> int:
         """How many rows of a data set the recipe wants held out."""
-        return getattr(self.recipe.held_out, _HELD_OUT_FIELD[self._kind(name)])
+        return getattr(self.recipe.held_out, HELD_OUT_FIELD[self._kind(name)])
 
     def _load(self, name: str) -> list[Loaded]:
         recipe_dir = Path(self.recipe.path).parent

@@ -98,7 +98,7 @@ def show(value) -> str:
 
 
 def name_columns(row: dict) -> str:
-    names = [str(k)[:40] for k in row]
+    names = [repr(str(k)[:40])[1:-1] for k in row]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "none"
 
 
@@ -236,11 +236,10 @@ def _rating(value) -> int | None:
     """One of the paper's four levels, in words or as 0..3 -> 0..3."""
     if value is None or value == "":
         return None
-    if isinstance(value, str) and value.strip() not in ("0", "1", "2", "3"):
-        level = _RATING_WORDS.get(re.sub(r"[^a-z]+", "_", value[:60].strip().lower()).strip("_"))
-    else:
-        level = next((n for n in range(4) if not isinstance(value, bool) and (value == n or value == str(n))), None)
-        level = int(value.strip()) if isinstance(value, str) else level
+    word = value[:60].strip().lower() if isinstance(value, str) else ""
+    level = _RATING_WORDS.get(re.sub(r"[^a-z]+", "_", word).strip("_"))
+    if level is None and not isinstance(value, bool):
+        level = next((n for n in range(4) if value == n or word in (str(n), f"{n}.0")), None)
     if level is None:
         raise RowError("unknown_rating", f"'rating' is {show(value)}", f"one of {', '.join(RATINGS)} or 3, 2, 1, 0")
     return level
@@ -260,7 +259,7 @@ def _common(row: dict, *used: str) -> dict:
         if key not in used and key not in ("source", "safety") and _plain(key) and _plain(value):
             meta[key] = value
     source = row.get("source")
-    return {"source": source.strip() if isinstance(source, str) and _plain(source) else "", "safety": row.get("safety") is True, "meta": meta}
+    return {"source": source.strip() if isinstance(source, str) and _plain(source) else "", "safety": row.get("safety") is True or row.get("safety") in ("true", "True"), "meta": meta}
 
 
 def _pair(prompt: list[Message], chosen: str, rejected: str, **rest) -> Pair:
@@ -475,6 +474,8 @@ def safe_rlhf(row: dict) -> Pair:
     *parts, best = _safe_rlhf_pair(row, "safer_response_id")
     _want(row, "is_response_0_safe", "is_response_1_safe")
     safe = [_flag(row[f"is_response_{i}_safe"], f"is_response_{i}_safe") for i in (best, 1 - best)]
+    if None in safe:
+        raise _wrong_type("is_response_0_safe or is_response_1_safe", None, "true or false")
     return _pair(*parts, chosen_safe=safe[0], rejected_safe=safe[1], **_common(row, *_SAFE_RLHF_USED))
 
 

@@ -216,6 +216,18 @@ class Run:
             self._sections[name] = section
         return self._sections[name]
 
+    def data_of(self, name: str):
+        """The Split of a data set, or of the demonstrations that a section made ('@name'). Held-out prompts never come back."""
+        if not name.startswith("@"):
+            return self.data.split(name)
+        from posttrain.data import Split, load_entry, prompt_key
+
+        folder = self.section(name[1:]).folder
+        loaded = load_entry(cfg.DataEntry(path=str((folder / "data.jsonl").resolve()), format="messages"), folder, self.recipe.run.seed,
+                            f"{self.recipe.path}: stages.{name[1:]}")
+        train = [i for i in loaded.items if prompt_key(i) not in self.data.held_out_keys]
+        return Split(train=train, held_out=[], kind=loaded.kind, counts={"rows": loaded.rows, "kept": len(train)})
+
     def data_inputs(self, name: str) -> dict:
         entries = [e.model_dump(exclude={"expect"}) for e in self.recipe.data_sets[name]]
         split = self.data.split(name)
@@ -345,3 +357,25 @@ def sections_of(recipe: cfg.Recipe, kinds: set[str]) -> list[str]:
 
 def stage_home(kind: str) -> str:
     return STAGES[kind].module.split(".")[0]
+
+
+def preflight(run: Run, names: list[str] | None = None) -> None:
+    """Everything that can be wrong and seen without loading a model: data rows, built-in packages, local model folders."""
+    from posttrain import builtin
+
+    recipe = run.recipe
+    run.data  # noqa: B018  reads and splits every data set; raises at the first bad row
+    model = recipe.model.name_or_path
+    if builtin.is_builtin(model):
+        builtin.check(model, f"{recipe.path}: model.name_or_path")
+    elif model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise PosttrainError(f"{recipe.path}: model.name_or_path", f"no folder '{model}'", "a model folder", "Check the path.")
+    if recipe.model.quantization != "none" and recipe.model.lora is None:
+        raise PosttrainError(f"{recipe.path}: model.quantization", f"'{recipe.model.quantization}' without model.lora", "adapters on a quantized base",
+                             "Add model.lora: {r: 16, alpha: 32}, or set quantization: none.")
+    for name in names or recipe.stages:
+        for field_name, value in cfg.fields_referring_to(recipe.stages[name], "model").items():
+            for ref in value.values() if isinstance(value, dict) else [value]:
+                if ref.startswith("@") and STAGES[recipe.stages[ref[1:]].stage].makes not in ("model", "report"):
+                    raise PosttrainError(f"{recipe.path}: stages.{name}.{field_name}", f"'{ref}' makes {STAGES[recipe.stages[ref[1:]].stage].makes}",
+                                         "a section that makes a model", "Name an sft, reward or ppo section.")

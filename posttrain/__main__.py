@@ -1,0 +1,183 @@
+"""The command line. Nothing here imports torch: help, recipe errors and check-data answer at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from posttrain import runs
+from posttrain.config import dump_yaml, load_recipe
+from posttrain.errors import PosttrainError
+from posttrain.log import say
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="The Llama 2-Chat recipe: supervised fine-tuning, two reward models, rejection sampling, PPO, evaluation, export.")
+
+RecipeArg = Annotated[Path, typer.Argument(help="a recipe file, such as recipes/tiny.yaml", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as stages.sft.learning_rate=1e-4", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing but the resolved configuration")]
+
+
+def _dry_run(recipe) -> None:
+    """Validate recipe and data, print what each section would do and the arithmetic, write the resolved recipe."""
+    from posttrain import plan
+
+    run = runs.Run(recipe)
+    folder = run.folder
+    say(plan.render(plan.plan(recipe)))
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = {"run": recipe.run.model_dump(), "model": recipe.model.model_dump(),
+                "data": {k: [e.model_dump() for e in v] for k, v in recipe.data_sets.items()} | {"held_out": recipe.held_out.model_dump()},
+                "stages": {k: v.model_dump() for k, v in recipe.stages.items()}}
+    runs.write_atomic(folder / "resolved.yaml", dump_yaml(resolved))
+    say(f"Nothing was run. The resolved recipe is in {folder / 'resolved.yaml'}.")
+
+
+@app.command()
+def run(recipe: RecipeArg, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Walk a recipe's whole road: skip what is done, continue what was cut off."""
+    loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        _dry_run(loaded)
+        return
+    this = runs.Run(loaded)
+    runs.preflight(this)
+    runs.run_sections(this)
+    _report(this)
+
+
+def _report(this: runs.Run) -> None:
+    from posttrain import report
+
+    path = report.write(this)
+    say(f"\nReport: {path}")
+    chat = [n for n, c in loaded_exports(this) if this.section(n).state() == "done"]
+    if chat:
+        folder = this.section(chat[-1]).results().get("folder", this.section(chat[-1]).folder / "model")
+        say("Next:")
+        say(f"  open {path} in a browser")
+        say(f"  python -m posttrain show {this.recipe.path}")
+        say(f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{folder}')"
+            "([{'role': 'user', 'content': 'Why is the sky blue?'}])[0]['generated_text'][-1]['content'])\"")
+
+
+def loaded_exports(this: runs.Run):
+    return [(n, c) for n, c in this.recipe.stages.items() if c.stage == "export"]
+
+
+@app.command()
+def plan(recipe: RecipeArg, overrides: Overrides = None,
+         gpu: Annotated[str | None, typer.Option(help="memory to plan for, such as 24GB")] = None) -> None:
+    """Rows, tokens, steps and memory of every section, before anything runs."""
+    from posttrain import plan as planner
+
+    say(planner.render(planner.plan(load_recipe(recipe, overrides or []), gpu=gpu)))
+
+
+@app.command()
+def show(recipe: RecipeArg, overrides: Overrides = None) -> None:
+    """Where a run stands: each section's state, time and key figures."""
+    from posttrain import report
+
+    say(report.show(runs.Run(load_recipe(recipe, overrides or []))))
+
+
+@app.command()
+def report(recipe: RecipeArg, overrides: Overrides = None) -> None:
+    """Write runs/<run>/report.html from what is on disk."""
+    from posttrain import report as page
+
+    say(f"Report: {page.write(runs.Run(load_recipe(recipe, overrides or [])))}")
+
+
+@app.command("check-data")
+def check_data(path: Annotated[Path, typer.Argument(help="a recipe (.yaml), or a data file", show_default=False)],
+               overrides: Overrides = None,
+               format: Annotated[str | None, typer.Option(help="of a data file; guessed from its columns when absent")] = None,
+               columns: Annotated[list[str] | None, typer.Option(help="ours=theirs, may be given several times")] = None,
+               output: Annotated[Path | None, typer.Option(help="where to save the findings as JSON (and text beside it)")] = None,
+               strict: Annotated[bool, typer.Option("--strict", help="warnings too end with exit code 1")] = False) -> None:
+    """What is wrong with a recipe's data, or with a file, row by row, before any model is loaded."""
+    import json
+
+    from posttrain import lint
+
+    if path.suffix in (".yaml", ".yml"):
+        recipe = load_recipe(path, overrides or [])
+        found = lint.check_recipe(recipe)
+        output = output or Path(recipe.run.dir) / recipe.run.name / "check-data.json"
+    else:
+        found = lint.check_file(path, format, dict(c.split("=", 1) for c in columns or []))
+        output = output or path.with_name(path.name + ".check.json")
+    text = lint.render(found)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(output, lint.to_json(found))
+        runs.write_atomic(output.with_suffix(".txt"), text + "\n")
+    except OSError as e:
+        say(f"note: the findings could not be saved to {output} ({e.strerror})")
+    say(text)
+    raise typer.Exit(lint.exit_code(found, strict))
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of the libraries would drown ours; no telemetry, no tokenizer threads beside the model's."""
+    for key, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
+                       "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+                       "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}.items():
+        os.environ.setdefault(key, value)
+    import logging
+    import warnings
+
+    for category in (FutureWarning, UserWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(peft|transformers|trl|torch|bitsandbytes)\b")
+    for name in ("transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def guarded(command) -> None:
+    """Run a command; our errors become one message and exit code 1, an interruption says how to go on."""
+    quiet_libraries()
+    try:
+        command()
+    except PosttrainError as e:
+        say(f"error: {e}", style="bold red")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("\nStopped. The same command goes on from here; nothing finished is lost.")
+        sys.exit(130)
+
+
+def stage_main(package: str) -> None:
+    """`python -m sft RECIPE [SECTION] [key=value ...] [--dry-run]`: the sections of one package alone."""
+    from posttrain.stages import STAGES
+
+    kinds = {k for k in STAGES if runs.stage_home(k) == package}
+    stage_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @stage_app.command(help=f"Run the {', '.join(sorted(kinds))} sections of a recipe, or one of them.")
+    def stage(recipe: RecipeArg,
+              section: Annotated[list[str] | None, typer.Argument(help="a section's name and key=value overrides", show_default=False)] = None,
+              dry_run: DryRun = False) -> None:
+        words = section or []
+        loaded = load_recipe(recipe, [w for w in words if "=" in w])
+        names = [w for w in words if "=" not in w] or runs.sections_of(loaded, kinds)
+        for name in names:
+            if name not in loaded.stages or loaded.stages[name].stage not in kinds:
+                raise PosttrainError(str(recipe), f"no {package} section '{name}'", f"one of {', '.join(runs.sections_of(loaded, kinds)) or 'none here'}",
+                                     "Check the section's name and kind.")
+        if dry_run:
+            loaded.stages = {k: v for k, v in loaded.stages.items() if k in names}
+            _dry_run(loaded)
+            return
+        this = runs.Run(loaded)
+        runs.preflight(this, names)
+        runs.run_sections(this, names)
+
+    guarded(lambda: stage_app(prog_name=f"python -m {package}"))
+
+
+if __name__ == "__main__":
+    guarded(lambda: app(prog_name="python -m posttrain"))

@@ -1,0 +1,51 @@
+"""Means with intervals. A row is never alone: rows that share a prompt are resampled together."""
+
+import numpy as np
+
+
+def interval(values, groups=None, resamples: int = 2000, seed: int = 0) -> dict:
+    """Mean and 95 % percentile interval by bootstrap over groups. values (n,) numbers; groups (n,) labels or None (every row its own).
+
+    Returns {'mean', 'low', 'high', 'n', 'groups'}; low and high are None with fewer than two groups.
+    """
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        return {"mean": None, "low": None, "high": None, "n": 0, "groups": 0}
+    sums, counts = _by_group(values, groups)
+    out = {"mean": float(values.mean()), "low": None, "high": None, "n": len(values), "groups": len(sums)}
+    if len(sums) > 1:
+        pick = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
+        means = sums[pick].sum(1) / counts[pick].sum(1)
+        out["low"], out["high"] = (float(x) for x in np.percentile(means, [2.5, 97.5]))
+    return out
+
+
+def standard_error(values, groups=None) -> float | None:
+    """Of the mean, from the spread between groups' means (groups of equal weight)."""
+    values = np.asarray(values, dtype=float)
+    sums, counts = _by_group(values, groups)
+    means = sums / counts
+    return float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
+
+
+def balanced_interval(values, sides, groups=None, resamples: int = 2000, seed: int = 0) -> dict:
+    """Mean of the two sides' means (length-balanced accuracy: sides say whether the chosen answer is the longer one), with its
+    95 % interval by bootstrap over groups. A resample that lacks a side is left out."""
+    values, sides = np.asarray(values, dtype=float), np.asarray(sides, dtype=bool)
+    if not sides.any() or sides.all():
+        return {"mean": None, "low": None, "high": None, "n": len(values), "groups": 0}
+    a, na = _by_group(values * sides, groups, sides.astype(float))
+    b, nb = _by_group(values * ~sides, groups, (~sides).astype(float))
+    mean = (a.sum() / na.sum() + b.sum() / nb.sum()) / 2
+    pick = np.random.default_rng(seed).integers(0, len(a), (resamples, len(a)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (a[pick].sum(1) / na[pick].sum(1) + b[pick].sum(1) / nb[pick].sum(1)) / 2
+    means = means[np.isfinite(means)]
+    low, high = (float(x) for x in np.percentile(means, [2.5, 97.5])) if len(means) and len(a) > 1 else (None, None)
+    return {"mean": float(mean), "low": low, "high": high, "n": len(values), "groups": len(a)}
+
+
+def _by_group(values, groups, weights=None):
+    weights = np.ones(len(values)) if weights is None else weights
+    index = np.arange(len(values)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    return np.bincount(index, values), np.bincount(index, weights)

@@ -1,0 +1,28 @@
+"""The two mixes (paper section 3.2.2): helpfulness own : other = 50 : 50, safety 90 : 10, by rows, the larger side sub-sampled."""
+
+import random
+
+from posttrain.formats import Pair
+
+
+def mix(own: list[Pair], other: list[Pair], own_share: float, seed: int) -> tuple[list[Pair], dict]:
+    """One pass's rows and their composition. A row present on both sides counts as own."""
+    rng = random.Random(seed)
+    if not other or own_share >= 1:
+        chosen_own, chosen_other = list(own), []
+    else:
+        wanted_other = round(len(own) * (1 - own_share) / own_share)
+        wanted_own = len(own)
+        if wanted_other > len(other):
+            wanted_other, wanted_own = len(other), min(len(own), max(1, round(len(other) * own_share / (1 - own_share))))
+        chosen_own = _sample(own, wanted_own, rng)
+        chosen_other = _sample(other, wanted_other, rng)
+    by_source: dict[str, int] = {}
+    for pair in [*chosen_own, *chosen_other]:
+        by_source[pair.source] = by_source.get(pair.source, 0) + 1
+    return [*chosen_own, *chosen_other], {"own": len(chosen_own), "other": len(chosen_other), "by_source": by_source}
+
+
+def _sample(rows: list, n: int, rng: random.Random) -> list:
+    """n rows without repetition, kept in order."""
+    return list(rows) if n >= len(rows) else [rows[i] for i in sorted(rng.sample(range(len(rows)), n))]

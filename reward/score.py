@@ -1,0 +1,71 @@
+"""Scores of answers under the reward models: the only part of `reward` that other stages use."""
+
+from dataclasses import dataclass
+
+import torch
+
+from posttrain.errors import PosttrainError
+from posttrain.models import Roles, source_of
+from posttrain.packing import Tree, collate, token_budget, tree
+from posttrain.runs import Section, read_json
+
+
+def scores(roles: Roles, role: str, trees: list[Tree], budget: int) -> list[list[float]]:
+    """Raw score (the logit) of every answer of every tree, under one reward role."""
+    out: list[list[float]] = [[] for _ in trees]
+    with torch.inference_mode():
+        for group in token_budget(trees, budget, roles.layout):
+            batch = collate(trees, group, roles.layout, roles.tokenizer.pad_token_id).to(roles.device)
+            for item, value in zip(batch.items, roles.scalars(role, batch).tolist(), strict=True):
+                out[item].append(value)
+    return out
+
+
+@dataclass
+class Scorer:
+    """Both reward models on one base. `threshold` is a raw score: the gate's on R_s."""
+
+    roles: Roles
+    threshold: float
+    threshold_note: str
+    statistics: dict[str, tuple[float, float]]
+    budget: int
+
+    def __call__(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> dict[str, list[list[float]]]:
+        """prompts: ids; answers[i]: id lists that continue prompts[i]. Returns raw scores by model, shaped like answers."""
+        trees = [tree(p, a) for p, a in zip(prompts, answers, strict=True)]
+        return {name: scores(self.roles, name, trees, self.budget) for name in ("helpfulness", "safety")}
+
+
+def load_scorer(section: Section, roles: Roles, helpfulness: str, safety: str, threshold, budget: int) -> Scorer:
+    """Load both reward models as roles and settle the gate's threshold.
+
+    threshold: a share on sigma(R_s), or 'auto': the score at which the safety model's own held-out rows give precision 0.9.
+    """
+    statistics = {}
+    for name, ref in (("helpfulness", helpfulness), ("safety", safety)):
+        source = source_of(section, ref)
+        if source is None:
+            raise PosttrainError(f"{section.place}.{name}", "'base' is no reward model", "a reward section", 'Write "@SECTION".')
+        _same_tokenizer(section, roles, source, name)
+        roles.add(name, source, head="saved")
+        told = read_json(source.parent / "results.json")
+        statistics[name] = (told.get("score_mean") or 0.0, told.get("score_std") or 1.0)
+        auto = told.get("threshold_precision_90") if name == "safety" else None
+    share, note = (0.15, "0.15 (the paper's)") if threshold == "auto" and auto is None else (auto, "precision 0.9 on its held-out rows") \
+        if threshold == "auto" else (float(threshold), f"{threshold} (recipe)")
+    if threshold == "auto" and auto is None:
+        note = "0.15 (no score reaches precision 0.9 on the safety model's held-out rows)"
+    return Scorer(roles, float(torch.logit(torch.tensor(share, dtype=torch.float64))), f"sigma(R_s) < {share:.3f}, {note}", statistics, budget)
+
+
+def _same_tokenizer(section: Section, roles: Roles, source, name: str) -> None:
+    """A reward model reads the policy's token ids, so it must speak the same tokens."""
+    from transformers import AutoTokenizer
+
+    if not (source / "tokenizer.json").exists():
+        return
+    other = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if other.get_vocab() != roles.tokenizer.get_vocab():
+        raise PosttrainError(f"{section.place}.{name}", f"the reward model in {source.parent.name} has another tokenizer", "the policy's tokenizer",
+                             "Train the reward model on the same base.")

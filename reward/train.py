@@ -1,0 +1,163 @@
+"""A reward model (paper section 3.2.2): the SFT model with a scalar head, trained on preference pairs with the rating's margin and,
+for the safety model, the safety loss. The prompt that chosen and rejected share goes through the model once."""
+
+import numpy as np
+import torch
+from datasets import Dataset
+from trl import RewardConfig, RewardTrainer
+
+from posttrain import chat
+from posttrain.errors import PosttrainError
+from posttrain.formats import Pair
+from posttrain.models import Roles, roles_for, source_of
+from posttrain.packing import Tree, tree
+from posttrain.plan import batch_and_steps
+from posttrain.runs import Section
+from posttrain.training import StepTrainer, choose_budget, clean, fit, plan_batches, training_arguments
+from reward import losses
+from reward.evaluate import evaluate
+from reward.mix import mix
+from reward.score import scores
+
+PAPER_BATCH, PAPER_RATE, PAPER_RATE_70B, ADAPTER_RATE = 512, 1e-5, 5e-6, 1e-4
+
+
+class _Trainer(StepTrainer, RewardTrainer):
+    """One step = one global batch of pairs; the ranking loss is a mean over its pairs, the safety loss over its labelled answers."""
+
+    def bind_pairs(self, pairs: list[Pair], margin: str, weight: float) -> None:
+        self.margins = torch.tensor([losses.margin(p.rating, margin) if p.margin is None or margin == "none" else p.margin for p in pairs])
+        self.labels = torch.tensor([[-1 if safe is None else int(safe) for safe in (p.chosen_safe, p.rejected_safe)] for p in pairs])
+        self.weight = weight
+
+    def totals(self, batch):
+        items = [i for b in batch for i in b.items[::2]]
+        return {"pairs": len(items), "labelled": int((self.labels[items] >= 0).sum())}
+
+    def micro_loss(self, batch, totals):
+        items = batch.items[::2]  # answers come as chosen, rejected, chosen, rejected, ...
+        raw = self.roles.scalars(self.role.name, batch)
+        chosen, rejected = raw[0::2], raw[1::2]
+        rank = losses.ranking(chosen, rejected, self.margins[items].to(raw)).sum() / totals["pairs"]
+        numbers = {"ranking_loss": rank.item(), "accuracy": ((chosen > rejected).sum() / totals["pairs"]).item()}
+        loss = rank
+        if self.weight and totals["labelled"]:
+            bce = losses.safety(raw, self.labels[items].flatten().to(raw.device)).sum() / totals["labelled"]
+            numbers["safety_loss"] = bce.item()
+            loss = loss + self.weight * bce
+        return loss, numbers | {"loss": loss.item()}
+
+    def log_row(self, stats):
+        return stats
+
+
+def encode(pairs: list[Pair], tokenizer, max_length: int) -> tuple[list[Tree], list[int], list[int]]:
+    """Pairs -> trees (prompt; chosen, rejected); indices of those that fit max_length tokens and of those that do not."""
+    trees, kept, too_long = [], [], []
+    for i, pair in enumerate(pairs):
+        prompt = chat.encode_prompt(tokenizer, pair.prompt)
+        t = tree(prompt, [chat.encode_answer(tokenizer, pair.prompt, a) for a in (pair.chosen, pair.rejected)])
+        if t.prompt + max(b - a for a, b in t.spans) > max_length:
+            too_long.append(i)
+        else:
+            trees.append(t)
+            kept.append(i)
+    return trees, kept, too_long
+
+
+def gather(section: Section, names: list[str] | None, field: str) -> tuple[list[Pair], list[Pair]]:
+    train, held_out = [], []
+    for name in names or []:
+        split = section.run.data_of(name)
+        if split.kind != "pair":
+            raise PosttrainError(f"{section.place}.{field}", f"'{name}' holds {split.kind}s", "preference pairs", "Name a data set of pairs.")
+        train += split.train
+        held_out += split.held_out
+    return train, held_out
+
+
+def judge(roles: Roles, role: str, trees: list[Tree], pairs: list[Pair], budget: int) -> tuple[dict, list[list[float]]]:
+    """Scores of held-out pairs and everything they say."""
+    roles[role].net.eval()
+    raw = scores(roles, role, trees, budget)
+    return evaluate(pairs, raw, [tuple(b - a for a, b in t.spans) for t in trees]), raw
+
+
+def run(section: Section) -> None:
+    config = section.config
+    own, own_held = gather(section, config.own, "own")
+    other, other_held = gather(section, config.other, "other")
+    pairs, composition = mix(own, other, config.own_share, section.seed)
+    roles = roles_for(section)
+    trees, kept, too_long = encode(pairs, roles.tokenizer, config.max_length)
+    if too_long and config.on_too_long == "error":
+        first = pairs[too_long[0]]
+        raise PosttrainError(f"{section.place}.max_length", f"{len(too_long)} of {len(pairs)} pairs are longer than {config.max_length} tokens "
+                             f"(the first is from {first.source}: {first.prompt[-1]['content'][:60]!r}...)", "pairs that fit",
+                             "Raise max_length, or set on_too_long: drop (they are counted in the report).")
+    pairs = [pairs[i] for i in kept]
+    if not pairs:
+        raise PosttrainError(f"{section.place}.own", "no pair is left to train on", "at least one", "Check the data and max_length.")
+    held = {}
+    for name, rows in (("own", own_held), ("other", other_held)):
+        held_trees, held_kept, _ = encode(rows, roles.tokenizer, config.max_length)
+        held[name] = (held_trees, [rows[i] for i in held_kept])
+
+    full = section.recipe.model.lora is None
+    torch.manual_seed(section.seed)
+    source = source_of(section, config.model)
+    is_adapter = source is not None and (source / "adapter_config.json").exists()
+    role = roles.add("reward", source, trainable=True, head="new", seed=section.seed, fresh_adapter=not full and not is_adapter)
+    role.net.config.num_labels = 1
+    budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, role))
+    batch, steps = batch_and_steps(len(pairs), PAPER_BATCH, config.batch_size, config.epochs, config.max_steps)
+    weight = config.safety_loss_weight
+    section.log.say(f"{len(pairs)} pairs: {composition['own']} own, {composition['other']} other; margin {config.margin}"
+                    f"{f', safety loss x {weight:g}' if weight else ''}; {len(too_long)} too long; {steps} steps of {batch}; "
+                    f"held out: {len(held['own'][1])} own, {len(held['other'][1])} other")
+
+    data = Dataset.from_dict({"chosen_ids": [t.ids[:t.ends[0]] for t in trees[:1]], "rejected_ids": [t.ids[:t.prompt] + t.ids[t.ends[0]:] for t in trees[:1]]})
+    rate = ADAPTER_RATE if not full else PAPER_RATE_70B if sum(p.numel() for p in role.net.parameters()) > 5e10 else PAPER_RATE
+    args = RewardConfig(**training_arguments(config, section, roles, role, steps, rate))
+    trainer = _Trainer(model=role.net, args=args, train_dataset=data, processing_class=roles.tokenizer)
+    trainer.bind(section, roles, role, trees, plan_batches(len(pairs), batch, steps, section.seed), budget)
+    trainer.bind_pairs(pairs, config.margin, weight)
+
+    def held_out_accuracy():
+        return {"held_out_accuracy": judge(roles, "reward", *held["own"], budget)[0]["accuracy"]["mean"] if held["own"][1] else None}
+
+    fit(trainer, section, "reward", held_out_accuracy, max(1, steps // 4))
+    results, raw = {}, {}
+    for name, (held_trees, rows) in held.items():
+        results[name], raw[name] = judge(roles, "reward", held_trees, rows, budget) if rows else ({"pairs": 0}, [])
+    flat = [s for pair in raw["own"] for s in pair] or [0.0]
+    check_reload(section, roles, trees[:4], budget)
+    section.finish({
+        "which": "safety" if weight or config.own_share > 0.75 else "helpfulness", "margin": config.margin, "safety_loss_weight": weight,
+        "composition": composition, "too_long": len(too_long), "train_pairs": len(pairs), "steps": steps, "batch_size": batch,
+        "score_mean": float(np.mean(flat)), "score_std": float(np.std(flat)), "held_out": results,
+        "threshold_precision_90": results["own"].get("threshold_precision_90"),
+    })
+    tell(section, results["own"])
+    clean(section)
+
+
+def check_reload(section: Section, roles: Roles, trees: list[Tree], budget: int) -> None:
+    """The saved head and adapter give the same scores when read back: nobody loses a score head here."""
+    from posttrain.training import restore
+
+    before = scores(roles, "reward", trees, budget)
+    restore(roles, roles["reward"], section.folder / "model")
+    after = scores(roles, "reward", trees, budget)
+    worst = max(abs(a - b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))
+    if worst > (1e-5 if roles.dtype == torch.float32 else 1e-2):
+        raise PosttrainError(str(section.folder / "model"), f"read back, its scores differ by {worst:.4f}", "the same scores", "Please report this.")
+
+
+def tell(section: Section, own: dict) -> None:
+    if not own.get("pairs"):
+        section.log.say("no pairs are held out: set data.held_out.pairs to know how good this model is")
+        return
+    balanced, plain = own["length_balanced_accuracy"], own["accuracy"]
+    shown = "not defined" if balanced["mean"] is None else f"{balanced['mean']:.1%} [{balanced['low'] or 0:.1%}, {balanced['high'] or 1:.1%}]"
+    section.log.say(f"held-out accuracy {plain['mean']:.1%}, length-balanced {shown} (the longer answer wins {own['longer_wins']:.1%} of {own['pairs']} pairs)")

@@ -1,0 +1,5 @@
+"""`python -m safety RECIPE [SECTION] [key=value ...] [--dry-run]`."""
+
+from posttrain.__main__ import stage_main
+
+stage_main("safety")
