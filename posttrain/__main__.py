@@ -110,7 +110,7 @@ def check_data(path: Annotated[Path, typer.Argument(help="a recipe (.yaml), or a
         output = output or Path(recipe.run.dir) / recipe.run.name / "check-data.json"
     else:
         found = lint.check_file(path, format, dict(c.split("=", 1) for c in columns or []))
-        output = output or path.with_name(path.name + ".check.json")
+        output = output or (path.with_name(path.name + ".check.json") if path.is_file() else Path(path.name + ".check.json"))
     text = lint.render(found)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

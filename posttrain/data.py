@@ -97,7 +97,7 @@ def _read_bytes(path: Path) -> tuple[bytes, RowError | None]:
     chunks = []
     with gzip.open(path, "rb") as file:
         try:
-            while chunk := file.read(1 << 20):
+            while chunk := file.read1(1 << 20):  # read() would lose what stands before the damage
                 chunks.append(chunk)
         except (gzip.BadGzipFile, EOFError, zlib.error) as e:
             return b"".join(chunks), RowError("unparsable", f"damaged gzip data ({e})", "a whole .gz file", "Copy or compress it again")
@@ -396,7 +396,8 @@ def _weighted(items: list[Item], weight: float, seed: int) -> list[Item]:
 
 
 class DataSets:
-    """The data sets of a recipe. Stops at the first row that cannot be used.
+    """The data sets of a recipe. Stops at the first row that cannot be used; `bad_rows: drop` leaves rows out, counted, instead
+    (but not a file that is damaged as a whole).
 
     names: the sets to load (`@section` names are passed over); None: all. Sets that hold rows out are loaded in any case, because a
     prompt that one set holds out is in no set's training rows.
@@ -434,19 +435,15 @@ class DataSets:
 
     def _stop_at_bad_rows(self) -> None:
         bad = [(name, i, finding) for name, parts in self._loaded.items() for i, part in enumerate(parts)
-               for finding in part.findings if not self._drops(name, i)]
+               for finding in part.findings if finding.row is None or self.recipe.data_sets[name][i].bad_rows == "stop"]
         if bad:
             name, i, first = bad[0]
             where = f"{self._place(name)}[{i}], file {first.file}" + (f", row {first.row}" if first.row else "")
             raise PosttrainError(where, first.detail, "", f"{len(bad)} bad row{'s' * (len(bad) != 1)} in all; "
-                                 f"`python -m posttrain check-data {self.recipe.path}` shows them all.")
+                                 f"`python -m posttrain check-data {self.recipe.path}` shows them all, bad_rows: drop leaves them out.")
         for name, parts in self._loaded.items():
             if not any(part.items for part in parts):
                 raise PosttrainError(self._place(name), f"no usable row ({sum(part.rows for part in parts)} read)", "at least one", "Check the files.")
-
-    def _drops(self, name: str, i: int) -> bool:
-        """`bad_rows: drop` leaves bad rows of an entry out, counted, instead of stopping."""
-        return getattr(self.recipe.data_sets[name][i], "bad_rows", "stop") == "drop"
 
     def _hold_out(self, name: str) -> frozenset[str]:
         return held_out_keys([key for keys in self._keys[name] for key in keys], self._wish(name), self.seed, self._place(name))

@@ -256,7 +256,7 @@ def _common(row: dict, *used: str) -> dict:
     """source, safety and meta of an item."""
     meta = {}
     for key, value in row.items():
-        if key not in used and key not in ("source", "safety") and _plain(key) and _plain(value):
+        if isinstance(key, str) and key not in (*used, "source", "safety") and _plain(key) and _plain(value):
             meta[key] = value
     source = row.get("source")
     return {"source": source.strip() if isinstance(source, str) and _plain(source) else "", "safety": row.get("safety") is True or row.get("safety") in ("true", "True"), "meta": meta}
@@ -530,7 +530,8 @@ def ultrafeedback(row: dict) -> Pair:
 def ultrafeedback_binarized(row: dict) -> Pair:
     """HuggingFaceH4/ultrafeedback_binarized: {"prompt", "chosen": messages, "rejected": messages, "score_chosen", "score_rejected"}.
     Equal scores are ties; the gap is rated as in `ultrafeedback`."""
-    _want(row, "score_chosen", "score_rejected")
+    _want(row, "prompt", "score_chosen", "score_rejected")
+    _text(row["prompt"], "prompt", "empty_prompt")
     gap = _needed(row["score_chosen"], "score_chosen") - _needed(row["score_rejected"], "score_rejected")
     parts = _preference_parts(row)
     if gap == 0:

@@ -1,8 +1,508 @@
-"""(placeholder while plan.py is being written)"""
+"""What a recipe costs before it runs: rows, tokens, optimizer steps, samples and memory of every section. No torch, no network.
+
+Every number says where it comes from. counted: from files that are here, the recipe's own keys, or exact arithmetic on a model's
+published shape. declared: rests on the recipe's `expect:` for data that is not here yet. estimated: rests on a rule of thumb, each
+stated where it is used: 1.35 tokens a word, answers as long as `max_new_tokens` allows, activations by hand count.
+"""
+
+import json
 import math
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote_plus
+
+from posttrain import builtin, data
+from posttrain import config as cfg
+from posttrain.errors import PosttrainError
+from posttrain.formats import FORMATS
+
+SHAPES = Path(__file__).parent / "shapes"
+TOKENS_PER_WORD = 1.35
+PAPER_BATCH = {"sft": 64, "reward": 512}
+FEWEST_STEPS, FEWEST_WARMUP = 50, 5
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, its block's 8-bit constant, and that constant's own float32 constant
+KV_PEAK = 1.75  # generate.RowCache.keep makes the smaller memory beside the larger one, at three quarters of its rows
+RESERVE = 1.0e9  # bytes of a GPU that its driver and the allocator keep
+LABELS = ("counted", "declared", "estimated")
 
 
-def batch_and_steps(rows, paper_batch, requested, epochs, max_steps):
-    batch = requested or max(1, min(paper_batch, int(rows * epochs // 50)))
-    steps = max(1, math.ceil(rows * epochs / batch))
-    return batch, min(steps, max_steps) if max_steps else steps
+def weakest(*labels: str) -> str:
+    """What a number is that was made from several."""
+    return max(labels, key=LABELS.index)
+
+
+# -- steps: the same arithmetic as the stages use ----------------------------------------------------------------------------------
+
+
+def batch_and_steps(rows: int, paper_batch: int, requested: int | None, epochs: float, max_steps: int | None) -> tuple[int, int]:
+    """(global batch, optimizer steps) of `epochs` passes over `rows` units (demonstrations, packed sequences or pairs).
+
+    The batch is the requested one, else the paper's, else the largest that gives at least 50 steps. max_steps is a ceiling.
+    """
+    def steps(batch: int) -> int:
+        return max(1, math.ceil(rows * epochs / batch))
+
+    batch = requested or next((b for b in range(paper_batch, 0, -1) if steps(b) >= FEWEST_STEPS), 1)
+    return batch, min(steps(batch), max_steps or steps(batch))
+
+
+def warmup_steps(steps: int, ratio: float) -> int:
+    """The share of the steps, at least 5 (paper A.3.3), fewer than all of them; none for ratio 0."""
+    return 0 if ratio == 0 else min(max(FEWEST_WARMUP, math.ceil(ratio * steps)), max(steps - 1, 0))
+
+
+def mixed_rows(own: int, other: int, own_share: float) -> tuple[int, int]:
+    """Rows of each side that a reward model's mix uses: own : all = own_share, the larger side sub-sampled (as reward.mix)."""
+    if not other or own_share >= 1:
+        return own, 0
+    wanted = round(own * (1 - own_share) / own_share)
+    return (own, wanted) if wanted <= other else (min(own, max(1, round(other * own_share / (1 - own_share)))), other)
+
+
+def packed_rows(rows: int, tokens: float, width: int) -> int:
+    """Bins of `width` tokens that next-fit packing makes of rows of a mean length: each bin ends half a row short."""
+    return max(1, math.ceil(rows * tokens / max(width - tokens / 2, tokens)))
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes. linears: the matrices of one layer by name, (inputs, outputs)."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    vocab: int
+    kv_width: int  # key/value heads times head width
+    tied: bool
+    linears: dict[str, tuple[int, int]]
+    small: int  # norms and biases, all layers
+    exact: bool  # False: a family whose details this file does not know
+
+    @property
+    def body(self) -> int:
+        """Weights of the layers' matrices: what is quantized, and what adapters sit on."""
+        return self.layers * sum(i * o for i, o in self.linears.values())
+
+    @property
+    def embeddings(self) -> int:
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def parameters(self) -> int:
+        return self.body + self.embeddings + self.small
+
+    def lora(self, lora: cfg.LoraSettings, place: str = "model.lora") -> int:
+        """Weights of one adapter."""
+        wanted = lora.target_modules
+        names = list(self.linears) if wanted == "all-linear" else [wanted] if isinstance(wanted, str) else wanted
+        unknown = [n for n in names if n not in self.linears]
+        if unknown:
+            raise PosttrainError(f"{place}.target_modules", f"no layer '{unknown[0]}' in this model", f"some of {', '.join(self.linears)}",
+                                 "Name these, or all-linear.")
+        return self.layers * lora.r * sum(sum(self.linears[n]) for n in names)
+
+    def weights(self, quantization: str, width: int) -> float:
+        """Bytes of the base in memory; embeddings, head and norms are never quantized."""
+        each = {"nf4": NF4_BYTES, "int8": 1.0}.get(quantization, width)
+        return self.body * each + (self.parameters - self.body) * width
+
+    def kv(self, width: int) -> int:
+        """Bytes of keys and values of one token."""
+        return 2 * self.layers * self.kv_width * width
+
+    def activations(self, width: int, checkpointing: bool) -> int:
+        """Bytes kept for the backward pass of one token, by hand count (as posttrain.training.choose_budget)."""
+        layer = (18 * self.hidden + 6 * self.ffn) * width
+        return layer + self.layers * self.hidden * width if checkpointing else self.layers * layer
+
+
+def shape_of(config: dict) -> Shape:
+    """A transformers config.json -> Shape. Exact for Llama, Mistral and Qwen 2 and 3; elsewhere the Llama arithmetic, marked so."""
+    config = config.get("text_config") or config
+    d, layers, heads, ffn = (config[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
+    width = config.get("head_dim") or d // heads
+    q, kv = heads * width, (config.get("num_key_value_heads") or heads) * width
+    kind = config.get("model_type")
+    small = 2 * d + (2 * width if kind == "qwen3" else 0) + (q + 2 * kv if kind == "qwen2" else 0)
+    small += q + 2 * kv + d if config.get("attention_bias") else 0
+    small += 2 * ffn + d if config.get("mlp_bias") else 0
+    tied = config.get("tie_word_embeddings", kind not in ("llama", "mistral", "qwen2", "qwen3"))
+    linears = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d), "gate_proj": (d, ffn), "up_proj": (d, ffn), "down_proj": (ffn, d)}
+    return Shape(layers, d, ffn, config["vocab_size"], kv, tied, linears, layers * small + d, kind in ("llama", "mistral", "qwen2", "qwen3"))
+
+
+def read_shape(model: cfg.ModelConfig, place: str) -> Shape:
+    """The recipe's model from a local, built-in, shipped or cached config.json. Asks no server."""
+    path = _config_file(model, place)
+    try:
+        return shape_of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise PosttrainError(str(path), f"not a decoder's configuration ({type(e).__name__}: {e})", "a transformers config.json",
+                             "Check model.name_or_path.") from None
+
+
+def _config_file(model: cfg.ModelConfig, place: str) -> Path:
+    name, key = model.name_or_path, f"{place}: model.name_or_path"
+    if builtin.is_builtin(name):
+        builtin.check(name, key)
+        made = builtin.cache_root() / name.removeprefix("builtin:") / "config.json"
+        return made if made.exists() else builtin.folder(name, key) / "config.json"
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser() / "config.json"
+    shipped = SHAPES / (name.replace("/", "--") + ".json")
+    if shipped.exists():
+        return shipped
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json", revision=model.revision) if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
+    if isinstance(cached, str):
+        return Path(cached)
+    raise PosttrainError(key, f"the shape of '{name}' is not here", f"its config.json in the hub cache, or as {shipped.name} in posttrain/shapes",
+                         f"Fetch that one small file: `hf download {name} config.json`.")
+
+
+def check_on_meta(recipe: cfg.Recipe) -> str:
+    """One sentence: the model as transformers builds it, without memory or download, against this file's count. Imports torch."""
+    from posttrain.models import meta_model
+
+    built = sum(p.numel() for p in meta_model(recipe.model, recipe.path).parameters())
+    counted = read_shape(recipe.model, recipe.path).parameters
+    agrees = "as planned" if built == counted else f"the plan counted {counted:,}: its memory figures are off by {abs(built - counted) / built:.1%}"
+    return f"{recipe.model.name_or_path} built on the meta device: {built:,} parameters, {agrees}"
+
+
+# -- the data ----------------------------------------------------------------------------------------------------------------------
+
+
+class Count(NamedTuple):
+    """Rows and their mean tokens."""
+
+    rows: int
+    tokens: float
+    rows_are: str
+    tokens_are: str
+
+
+def total(counts: list[Count]) -> Count:
+    rows = sum(c.rows for c in counts)
+    mean = sum(c.rows * c.tokens for c in counts) / rows if rows else 0.0
+    return Count(rows, mean, weakest(*(c.rows_are for c in counts)), weakest(*(c.tokens_are for c in counts)))
+
+
+def words(item) -> int:
+    """Words of a row: its turns and its answers."""
+    turns = item.prompt if hasattr(item, "chosen") else item.messages
+    answers = [item.chosen, item.rejected] if hasattr(item, "chosen") else []
+    return sum(len(text.split()) for text in [*(m["content"] for m in turns), *answers])
+
+
+def count_items(items: list) -> Count:
+    return Count(len(items), TOKENS_PER_WORD * sum(map(words, items)) / max(len(items), 1), "counted", "estimated")
+
+
+class Data:
+    """Rows in training and held out of every data set: exactly as a run splits them when all files are here, else by arithmetic."""
+
+    def __init__(self, recipe: cfg.Recipe, names: list[str]):
+        self.recipe, self.folder = recipe, Path(recipe.path).parent
+        here = all(self._is_local(n, i) for n in recipe.data_sets for i in range(len(recipe.data_sets[n])))
+        self.split = data.DataSets(recipe, names).split if here else None
+        self._known: dict[tuple[str, int], Count] = {}
+
+    def _place(self, name: str, i: int) -> str:
+        return f"{self.recipe.path}: data.{name}[{i}]"
+
+    def _is_local(self, name: str, i: int) -> bool:
+        return data._local(self.recipe.data_sets[name][i], self.folder, self._place(name, i)) is not None
+
+    def _held(self, name: str) -> int:
+        kind = FORMATS[self.recipe.data_sets[name][0].format].kind
+        return getattr(self.recipe.held_out, f"{kind}s")
+
+    def train(self, name: str) -> Count:
+        if self.split:
+            return count_items(self.split(name).train)
+        parts = [self._entry(name, i) for i in range(len(self.recipe.data_sets[name]))]
+        weighted = [c._replace(rows=round(c.rows * e.weight)) for c, e in zip(parts, self.recipe.data_sets[name], strict=True)]
+        whole = total(weighted)
+        return whole._replace(rows=max(whole.rows - self._held(name), 0))
+
+    def held_out(self, name: str) -> Count:
+        if self.split:
+            return count_items(self.split(name).held_out)
+        whole = total([self._entry(name, i) for i in range(len(self.recipe.data_sets[name]))])
+        return whole._replace(rows=min(self._held(name), whole.rows // 2))
+
+    def everything(self, name: str) -> Count:
+        return total([self.train(name), self.held_out(name)])
+
+    def _entry(self, name: str, i: int) -> Count:
+        if (name, i) not in self._known:
+            self._known[name, i] = self._count(name, i)
+        return self._known[name, i]
+
+    def _count(self, name: str, i: int) -> Count:
+        entry = self.recipe.data_sets[name][i]
+        if self._is_local(name, i):
+            return count_items(data.load_entry(entry, self.folder, self.recipe.run.seed, self._place(name, i)).items)
+        if entry.expect is None:
+            raise PosttrainError(f"{self._place(name, i)}.expect", f"the hub data set '{entry.path}' declares no size", "expect: {rows: N, tokens: MEAN}",
+                                 "Add the rows and the mean tokens of a row that its page gives; the real run counts them itself.")
+        rows = cached_rows(entry)
+        kept, label = (entry.expect.rows, "declared") if rows is None else (rows, "counted")
+        kept = kept if entry.fraction is None else max(1, round(kept * entry.fraction))
+        return Count(min(kept, entry.rows or kept), entry.expect.tokens, label, "declared")
+
+
+def cached_rows(entry: cfg.DataEntry) -> int | None:
+    """Rows of a hub data set that `datasets` has prepared on this machine before; None: it has not. Reads one small file."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(home) / "datasets")
+    owner, _, name = entry.path.rpartition("/")
+    name = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)).lower()  # as datasets.naming
+    variant = (entry.name or "default") + (f"-data_dir={quote_plus(entry.data_dir)}" if entry.data_dir else "")
+    found = sorted((cache / (f"{owner}___{name}" if owner else name) / variant).glob("*/*/dataset_info.json"), key=lambda p: p.stat().st_mtime)
+    try:
+        return int(json.loads(found[-1].read_text(encoding="utf-8"))["splits"][entry.split]["num_examples"])
+    except (IndexError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# -- the sections ------------------------------------------------------------------------------------------------------------------
+
+
+class Planner:
+    """One recipe's plan. `rows` of a section, by kind, in PLANS at the bottom."""
+
+    def __init__(self, recipe: cfg.Recipe):
+        self.recipe, self.model = recipe, recipe.model
+        self.shape = read_shape(recipe.model, recipe.path)
+        self.lora = self.shape.lora(self.model.lora, f"{recipe.path}: model.lora") if self.model.lora else 0
+        self.label = "counted" if self.shape.exact else "estimated"
+        full = {"float32": 4, "bfloat16": 2, "auto": 4}  # weights in training stay float32 unless the recipe says otherwise
+        self.width = {"float32": 4}.get(self.model.dtype, 2) if self.lora else full[self.model.dtype]
+
+    @cached_property
+    def data(self) -> Data:
+        used = {n for c in self.recipe.stages.values() for ns in cfg.fields_referring_to(c, "data").values() for n in ns if not n.startswith("@")}
+        return Data(self.recipe, sorted(used))
+
+    def train(self, names: list[str] | None) -> Count:
+        """Training rows of data sets and of sections that make data."""
+        return total([self.made(n[1:]) if n.startswith("@") else self.data.train(n) for n in names]) if names else Count(0, 0.0, "counted", "counted")
+
+    def made(self, name: str) -> Count:
+        """What a section that samples answers hands on: at most one a prompt, as long as allowed."""
+        config = self.recipe.stages[name]
+        prompts = self.prompts(config)
+        return Count(prompts.rows, prompts.tokens + config.max_new_tokens, weakest(prompts.rows_are, "estimated"), "estimated")
+
+    def prompts(self, config) -> Count:
+        count = self.train(config.prompts)
+        return count._replace(rows=min(count.rows, getattr(config, "rows", None) or count.rows))
+
+    def memory(self, frozen: int, trainable: int, kv_tokens: int = 0, training_tokens: int = 0, checkpointing: bool = False) -> dict:
+        """Bytes by use, at their peak. Decoding and training take turns, so the larger of key/value memory and activations counts."""
+        shape, roles = self.shape, frozen + trainable
+        size = self.lora * 4 if self.lora else shape.parameters * self.width
+        out = {"base": shape.weights(self.model.quantization, self.width) if self.lora else 0.0,
+               "roles": roles * size, "optimizer": 3 * trainable * size,  # gradient and Adam's two moments
+               "kv_cache": KV_PEAK * kv_tokens * shape.kv(self.width), "activations": training_tokens * shape.activations(self.width, checkpointing)}
+        return out | {"total": out["base"] + out["roles"] + out["optimizer"] + max(out["kv_cache"], out["activations"])}
+
+    def training(self, config, kind: str, count: Count, unit: str, units: int | None = None) -> dict:
+        """What sft and reward share. units: packed sequences, when the batch counts those."""
+        n = count.rows if units is None else units
+        batch, steps = batch_and_steps(n, PAPER_BATCH[kind], config.batch_size, config.epochs, config.max_steps)
+        warmup = warmup_steps(steps, config.warmup_ratio)
+        passes = min(config.epochs, steps * batch / n) if n else 0
+        per_step = "the recipe's" if config.batch_size else "the paper's" if batch == PAPER_BATCH[kind] else f"lowered from {PAPER_BATCH[kind]} for {FEWEST_STEPS} steps"
+        width = config.micro_batch_tokens or config.max_length
+        label = count.rows_are if units is None else weakest(count.rows_are, count.tokens_are, "estimated")
+        return {"rows": count.rows, "tokens_per_row": count.tokens, "batch": batch, "steps": steps, "warmup": warmup,
+                "tokens": round(count.rows * count.tokens * passes), "batch_unit": unit,
+                "arithmetic": f"{n:,} {unit} x {config.epochs:g} epoch{'s' * (config.epochs != 1)} / {batch} a step ({per_step})"
+                              + (f", at most {config.max_steps} steps" if config.max_steps else ""),
+                "warnings": [f"{steps} steps are fewer than five times the {warmup} warm-up steps: use more data or epochs, or warmup_ratio: 0"]
+                if steps < 5 * warmup else [],
+                "memory": self.memory(0, 1, training_tokens=width, checkpointing=config.activation_checkpointing),
+                "labels": {"rows": count.rows_are, "tokens_per_row": count.tokens_are, "batch": label, "steps": label, "warmup": label,
+                           "tokens": weakest(count.rows_are, count.tokens_are)}}
+
+    def sampling(self, config, prompts: Count, samples: int, forwards: float, frozen: int, trainable: int, **extra) -> dict:
+        """What the sampling stages share: `samples` answers, and `forwards` passes over each prompt and answer besides decoding."""
+        longest = min(samples, config.batch) * (config.max_prompt_tokens + config.max_new_tokens)
+        each = prompts.tokens + config.max_new_tokens
+        label = weakest(prompts.rows_are, "estimated")
+        return {"rows": prompts.rows, "tokens_per_row": prompts.tokens, "samples": samples, "tokens": round(samples * each * (1 + forwards)),
+                "memory": self.memory(frozen, trainable, kv_tokens=longest, **extra), "warnings": [],
+                "labels": {"rows": prompts.rows_are, "tokens_per_row": prompts.tokens_are, "samples": prompts.rows_are, "tokens": label}}
+
+    def sft(self, config) -> dict:
+        count = self.train(config.data)
+        units = packed_rows(count.rows, count.tokens, config.max_length) if config.packing else None
+        return self.training(config, "sft", count, f"packed sequences of {config.max_length:,} tokens" if units else "demonstrations", units)
+
+    def reward(self, config) -> dict:
+        own, other = self.train(config.own), self.train(config.other)
+        rows = mixed_rows(own.rows, other.rows, config.own_share)
+        both = [c._replace(rows=n) for c, n in zip((own, other), rows, strict=True) if n]
+        row = self.training(config, "reward", total(both) if both else own, "pairs")
+        return row | {"note": f"{rows[0]:,} own and {rows[1]:,} other pairs ({config.own_share:.0%} own)"}
+
+    def rejection(self, config) -> dict:
+        prompts, k = self.prompts(config), config.samples_per_prompt
+        row = self.sampling(config, prompts, prompts.rows * k, 2, 3, 0)
+        return row | {"note": f"{prompts.rows:,} prompts x {k} samples, scored by two models; answers at most {config.max_new_tokens} tokens"}
+
+    def ppo(self, config) -> dict:
+        """Passes besides decoding: reference, two reward models, critic; then policy and critic in training."""
+        prompts, samples = self.prompts(config), config.iterations * config.batch_size
+        steps = config.iterations * math.ceil(config.batch_size / config.mini_batch_size)
+        width = config.micro_batch_tokens or config.max_prompt_tokens + config.max_new_tokens
+        row = self.sampling(config, prompts, samples, 6, 3, 2, training_tokens=width)
+        row["labels"] |= {"samples": "counted", "steps": "counted", "batch": "counted"}
+        wanted = samples // config.samples_per_prompt
+        if wanted > prompts.rows:
+            row["note"] = f"each of the {prompts.rows:,} prompts comes {wanted / max(prompts.rows, 1):,.1f} times"
+        return row | {"batch": config.mini_batch_size, "steps": steps,
+                      "arithmetic": f"{config.iterations} iterations x {config.batch_size} samples = {samples:,}, in {steps:,} steps of "
+                                    f"{config.mini_batch_size}; at most {config.critic_warmup} iterations of the critic alone before"}
+
+    def evaluate(self, config) -> dict:
+        names = config.prompts
+        count = total([self.data.held_out(n) if config.held_out else self.data.everything(n) for n in names])
+        count = count._replace(rows=min(count.rows, config.rows or count.rows))
+        models, samples = len(config.models), count.rows * config.samples_per_prompt * len(config.models)
+        row = self.sampling(config, count, samples, 3, models + 2, 0)
+        return row | {"note": f"{models} models x {count.rows:,} {'held-out ' * config.held_out}prompts x {config.samples_per_prompt}, scored by two models"}
+
+    def export(self, config) -> dict:
+        """The model is merged a matrix at a time in the width it is stored in; the unmerged one is gone by then."""
+        size = self.shape.parameters * (4 if config.dtype == "float32" else 2)
+        note = f"{size / 1e9:,.2f} GB on disk, {config.dtype}"
+        return {"memory": self.memory(0, 0) | {"base": size, "total": size}, "note": note, "warnings": [], "labels": {}}
+
+    def row(self, name: str) -> dict:
+        config = self.recipe.stages[name]
+        made = PLANS[config.stage](self, config) if config.stage in PLANS else {"warnings": [], "labels": {}, "memory": self.memory(1, 0)}
+        made["labels"] |= {"memory": "estimated", "parameters": self.label, "lora_parameters": self.label}
+        return {"section": name, "kind": config.stage, "parameters": self.shape.parameters, "lora_parameters": self.lora, **made}
+
+
+def gigabytes(gpu: str | float | None) -> float | None:
+    """'24GB', '24' or 24 -> 24.0."""
+    if gpu is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b?)?\s*", str(gpu), re.IGNORECASE)
+    if not found or float(found[1]) <= 0:
+        raise PosttrainError(f"--gpu {gpu}", "not an amount of memory", "gigabytes, such as 24GB", "Write --gpu 24GB.")
+    return float(found[1])
+
+
+def plan(recipe: cfg.Recipe, gpu: str | float | None = None, sections: list[str] | None = None) -> list[dict]:
+    """One dict a section, parents first; with `sections`, only those.
+
+    Keys: section, kind, parameters, lora_parameters, and where they apply rows, tokens_per_row, batch, steps, warmup, samples, tokens
+    (through the model, each forward pass once), memory (bytes: base, roles, optimizer, kv_cache, activations, total), note, arithmetic,
+    warnings; labels says of each number whether it is counted, declared or estimated. gpu: memory to compare with, adds `fits`.
+    """
+    names = [n for n in cfg.order(recipe) if sections is None or n in sections]
+    planner, room = Planner(recipe), gigabytes(gpu)
+    rows = [planner.row(n) for n in names]
+    for row in rows:
+        row["run"], row["recipe"], row["model"], row["quantization"] = recipe.run.name, recipe.path, recipe.model.name_or_path, recipe.model.quantization
+        if room is not None:
+            row["gpu"] = room
+            row["fits"] = row["memory"]["total"] + RESERVE <= room * 1e9
+            if not row["fits"]:
+                row["warnings"].append(_too_big(row, room))
+    return rows
+
+
+def _too_big(row: dict, room: float) -> str:
+    memory = row["memory"]
+    largest = max(("base", "roles", "optimizer", "kv_cache", "activations"), key=memory.get)
+    cure = {"base": "quantization: nf4", "roles": "adapters (model.lora)", "optimizer": "adapters (model.lora)", "kv_cache": "a lower batch or max_new_tokens",
+            "activations": "activation_checkpointing: true, or a lower micro_batch_tokens"}[largest]
+    return f"about {memory['total'] / 1e9:.1f} GB and {RESERVE / 1e9:.0f} GB for the driver do not fit {room:g} GB; most is {largest.replace('_', ' ')}: try {cure}"
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------------------
+
+
+def short(value: float) -> str:
+    """15011 -> '15,011', 5704180 -> '5.70 M', 6.74e9 -> '6.74 B'."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.2f} {letter}"
+    return f"{value:,.0f}"
+
+
+def _labelled(row: dict, key: str, form=short) -> str:
+    return f"{form(row[key])} {row['labels'].get(key, '')}".rstrip() if row.get(key) is not None else "-"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, ["-" * w for w in widths], *rows]]
+
+
+def render(rows: list[dict]) -> str:
+    """The plan as text for a terminal."""
+    if not rows:
+        return "Nothing to plan."
+    first = rows[0]
+    adapters = f", {short(first['lora_parameters'])} in an adapter" if first["lora_parameters"] else ", all of them trained"
+    lines = [f"Plan of {first['run']} ({first['recipe']})",
+             f"Model {first['model']}: {short(first['parameters'])} parameters{adapters} ({first['labels']['parameters']}); quantization {first['quantization']}", ""]
+    lines += _table(["section", "kind", "rows", "tokens a row", "samples", "batch", "steps", "warm-up", "tokens through the model"], [
+        [r["section"], r["kind"], *(_labelled(r, k) for k in ("rows", "tokens_per_row", "samples")), _number(r, "batch"), _labelled(r, "steps"),
+         _number(r, "warmup"), _labelled(r, "tokens")] for r in rows])
+    details = [f"{r['section']}: {'; '.join(r[k] for k in ('note', 'arithmetic') if r.get(k))}" for r in rows if r.get("note") or r.get("arithmetic")]
+    lines += ["", *details, "", *_memory_table(rows), "", *_totals(rows)]
+    warnings = [f"warning: {r['section']}: {w}" for r in rows for w in r["warnings"]]
+    return "\n".join(lines + ["", *warnings] * bool(warnings))
+
+
+def _number(row: dict, key: str) -> str:
+    return f"{row[key]:,}" if row.get(key) is not None else "-"
+
+
+def _unit(rows: list[dict]) -> tuple[float, str]:
+    """The unit that suits the largest section."""
+    return (1e9, "GB") if max(r["memory"]["total"] for r in rows) >= 1e8 else (1e6, "MB")
+
+
+def _memory_table(rows: list[dict]) -> list[str]:
+    uses = ("base", "roles", "optimizer", "kv_cache", "activations", "total")
+    size, unit = _unit(rows)
+    fits = [f"fits {rows[0]['gpu']:g} GB"] if "fits" in rows[0] else []
+    table = _table([f"memory in {unit} (estimated)", *(u.replace("_", " ") for u in uses), *fits], [
+        [r["section"], *(f"{r['memory'][u] / size:.2f}" for u in uses), *(["yes" if r["fits"] else "no"] * len(fits))] for r in rows])
+    return [*table, "Base: the frozen weights all adapters share. Roles: the models or adapters a section holds. Decoding and training take turns."]
+
+
+def _totals(rows: list[dict]) -> list[str]:
+    def added(key: str) -> tuple[float, str]:
+        having = [r for r in rows if r.get(key)]
+        return sum(r[key] for r in having), weakest("counted", *(r["labels"][key] for r in having))
+
+    said = [f"{short(value)} {what} ({label})" for key, what in (("steps", "optimizer steps"), ("samples", "samples"), ("tokens", "tokens through the model"))
+            for value, label in [added(key)] if value]
+    largest, (size, unit) = max(rows, key=lambda r: r["memory"]["total"]), _unit(rows)
+    return [f"In all: {', '.join(said) or 'nothing to train or sample'}; most memory in {largest['section']}, "
+            f"about {largest['memory']['total'] / size:.1f} {unit} (estimated).",
+            "counted: from files and keys that are here; declared: from the recipe's expect; estimated: 1.35 tokens a word, answers at their longest.",
+            "Batch and warm-up are what their steps are."]
+
+
+PLANS = {"sft": Planner.sft, "reward": Planner.reward, "rejection": Planner.rejection, "ppo": Planner.ppo, "evaluate": Planner.evaluate,
+         "export": Planner.export}

@@ -220,12 +220,15 @@ class Run:
         """The Split of a data set, or of the demonstrations that a section made ('@name'). Held-out prompts never come back."""
         if not name.startswith("@"):
             return self.data.split(name)
-        from posttrain.data import Split, load_entry, prompt_key
+        from posttrain.data import Split, load_entry
 
         folder = self.section(name[1:]).folder
         loaded = load_entry(cfg.DataEntry(path=str((folder / "data.jsonl").resolve()), format="messages"), folder, self.recipe.run.seed,
                             f"{self.recipe.path}: stages.{name[1:]}")
-        train = [i for i in loaded.items if prompt_key(i) not in self.data.held_out_keys]
+        if loaded.findings:
+            raise PosttrainError(str(folder / "data.jsonl"), f"row {loaded.findings[0].row}: {loaded.findings[0].detail}", "the rows its section wrote",
+                                 "Delete the section's folder; it will be made again.")
+        train = self.data.without_held_out(loaded.items)
         return Split(train=train, held_out=[], kind=loaded.kind, counts={"rows": loaded.rows, "kept": len(train)})
 
     def data_inputs(self, name: str) -> dict:

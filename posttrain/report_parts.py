@@ -1,0 +1,703 @@
+"""The report's parts: what each stage kind shows, as figures with their findings, tables and key figures.
+
+A new stage kind gets its own part with one entry in PARTS and its key figures with one in KEYS, at the bottom; without them it is
+shown by the numbers it stored. Every takeaway is computed from the numbers of its figure.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from posttrain import plots
+from posttrain.plots import Dot, Line
+from posttrain.report_views import (
+    GAP,
+    Interval,
+    View,
+    bounds,
+    cell,
+    clip,
+    dig,
+    fixed,
+    interval,
+    listed,
+    loose,
+    moved,
+    number,
+    percent,
+    plain,
+    plural,
+    rows_of,
+    sentence,
+    table_of,
+    text_of,
+    turns,
+    word,
+)
+
+RATINGS = ("negligibly_better", "slightly_better", "better", "significantly_better")  # the least clear first
+MEASURES = ("merged", "helpfulness", "safety", "unsafe_share", "tokens")
+FAULTS = (TypeError, KeyError, ValueError, IndexError, AttributeError, ZeroDivisionError, OverflowError)  # of damaged numbers
+
+
+# ---------------------------------------------------------------- key figures (pipeline boxes and `show`)
+
+@dataclass
+class Key:
+    label: str
+    value: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.value}" + (f" ({self.note})" if self.note else "")
+
+
+def _key(value, label: str, text: str, note: str = "") -> list[Key]:
+    return [] if value is None else [Key(label, text, note)]
+
+
+def sft_keys(v: View) -> list[Key]:
+    before, after, last = v.get("held_out_loss_before"), v.get("held_out_loss_after"), v.get("train_loss_last")
+    keys = _key(after, "held-out loss", fixed(after), f"was {fixed(before)}" if before is not None else "")
+    keys += _key(last, "train loss", fixed(last)) if not keys else []
+    return keys + _key(v.get("steps"), "steps", loose(v.get("steps")))
+
+
+def reward_keys(v: View) -> list[Key]:
+    own = dig(v.results, "held_out", "own")
+    balanced, accuracy = interval(dig(own, "length_balanced_accuracy")), interval(dig(own, "accuracy"))
+    ends = f"{percent(balanced.low)} to {percent(balanced.high)}" if balanced and balanced.bounded else ""
+    keys = _key(balanced, "length-balanced accuracy", percent(balanced and balanced.mean), ends)
+    keys += _key(accuracy, "held-out accuracy", percent(accuracy and accuracy.mean))
+    return keys + _key(number(dig(own, "unsafe_recall")), "unsafe recall", percent(number(dig(own, "unsafe_recall"))))
+
+
+def best_of(v: View) -> list[tuple[float, float | None, float | None, float | None, float | None]]:
+    """(n, max, median, max_low, max_high) rows with a number in n and one of max and median, by n."""
+    rows = [tuple(number(r.get(k)) for k in ("n", "max", "median", "max_low", "max_high")) for r in rows_of(v.results.get("best_of_n"))]
+    return sorted((r for r in rows if r[0] is not None and r[1] is not None), key=lambda r: r[0])
+
+
+def rejection_keys(v: View) -> list[Key]:
+    rows = best_of(v)
+    gain = rows[-1][1] - rows[-1][2] if rows and rows[-1][2] is not None else None
+    keys = _key(gain, f"best of {rows[-1][0]:.0f} over the median" if rows else "", fixed(gain, sign=True))
+    kept, samples = v.get("kept"), v.get("samples")
+    return keys + _key(kept, "answers kept", loose(kept), f"of {loose(samples)}" if samples is not None else "")
+
+
+def ppo_keys(v: View) -> list[Key]:
+    gain, kl = interval(dig(v.results, "held_out", "paired_difference")), v.get("held_out", "kl")
+    ends = f"{fixed(gain.low, sign=True)} to {fixed(gain.high, sign=True)}" if gain and gain.bounded else ""
+    keys = _key(gain, "held-out merged reward", fixed(gain and gain.mean, sign=True), ends)
+    return keys + _key(kl, "KL", f"{fixed(kl, 1)}{GAP}nats") + _key(v.get("iterations"), "iterations", loose(v.get("iterations")))
+
+
+def evaluate_keys(v: View) -> list[Key]:
+    checks, models = rows_of(v.results.get("checks")), v.results.get("models")
+    met = sum(bool(c.get("met")) for c in checks)
+    keys = [Key("checks met", f"{met} of {len(checks)}")] if checks else []
+    keys += [Key("models compared", str(len(models)))] if isinstance(models, dict) and models else []
+    return keys + _key(v.get("prompts"), "held-out prompts", loose(v.get("prompts")))
+
+
+def export_keys(v: View) -> list[Key]:
+    dtype, kl, files = v.results.get("dtype"), v.get("merged_kl"), v.results.get("files")
+    keys = _key(dtype, "model folder", loose(dtype)) + _key(kl, "merged KL", f"{kl:.2g}{GAP}nats" if kl is not None else "")
+    return keys + ([Key("files", str(len(files)))] if isinstance(files, list) else [])
+
+
+def any_keys(v: View) -> list[Key]:
+    return [Key(plain(k), loose(x)) for k, x in v.results.items() if number(x) is not None][:3]
+
+
+def keys_of(v: View) -> list[Key]:
+    """What a section's box and line say, the most telling first."""
+    try:
+        keys = KEYS.get(v.kind, any_keys)(v) if v.results else []
+    except FAULTS:
+        keys = []
+    if not keys and v.last_step is not None:
+        keys = [Key("last step", f"{v.last_step:,}")]
+    return keys
+
+
+
+# ---------------------------------------------------------------- pieces of the page
+
+@dataclass
+class Figure:
+    title: str
+    takeaway: str
+    svg: str
+    alt: str
+    note: str = ""
+    wide: bool = False
+
+
+@dataclass
+class Table:
+    caption: str
+    head: list[str]
+    rows: list[list]
+    note: str = ""
+
+
+@dataclass
+class Fold:
+    """Something shown closed."""
+
+    summary: str
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+@dataclass
+class Part:
+    """One heading of the page. facts: narrow tables that stand among the figures; tables: wide ones below them."""
+
+    id: str
+    title: str
+    intro: str = ""
+    figures: list[Figure] = field(default_factory=list)
+    facts: list[Table] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    folds: list[Fold] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def drawn(title: str, takeaway: str, what: str, svg: str, note: str = "") -> list[Figure]:
+    """A figure whose words for the blind are what it shows, then what it says."""
+    takeaway = sentence(takeaway)
+    return [Figure(title, takeaway, svg, f"{sentence(what)} {takeaway}", note)]
+
+
+def named(vs: list[View], v: View, text: str) -> str:
+    """A title, with the section's name where several sections share a part."""
+    return f"{text} ({v.name})" if len(vs) > 1 else text
+
+
+def table(caption: str, first: str, names: list[str], columns: list[tuple[str, list]], note: str = "") -> list[Table]:
+    """A table with a row a name; a column without any value is left out, and the table with it when none is left."""
+    columns = [(head, cells) for head, cells in columns if any(c not in ("–", None) for c in cells)]
+    rows = [[name, *(cells[i] for _, cells in columns)] for i, name in enumerate(names)]
+    return [Table(caption, [first, *(head for head, _ in columns)], rows, note)] if columns else []
+
+
+def facts(caption: str, vs: list[View], names: list[str], rows: list[tuple[str, Callable]], note: str = "") -> list[Table]:
+    """A table with a column a section and a row a measure; a row without any value is left out."""
+    filled = [[label, *(read(v) for v in vs)] for label, read in rows]
+    filled = [row for row in filled if any(c != "–" for c in row[1:])]
+    return [Table(caption, ["", *names], filled, note)] if filled else []
+
+
+def at(*keys: str, form: Callable = loose, **kw) -> Callable:
+    """A row of `facts`: a number of results.json."""
+    return lambda v: form(v.get(*keys), **kw)
+
+
+def ci(*keys: str, form: Callable = fixed, **kw) -> Callable:
+    """A row of `facts`: a value of results.json with its interval."""
+    return lambda v: cell(interval(dig(v.results, *keys)), form, **kw)
+
+
+def average(key: str, digits: int = 0) -> Callable:
+    """A row of `facts`: a metric's mean over all steps."""
+    return lambda v: fixed(v.mean(key), digits)
+
+
+def said(*keys: str) -> Callable:
+    """A row of `facts`: a word, a switch or a list of results.json."""
+    def read(v: View) -> str:
+        value = dig(v.results, *keys)
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return ", ".join(text_of(x) for x in value) or "–" if isinstance(value, list) else loose(value)
+    return read
+
+
+def everything(vs: list[View]) -> list[Fold]:
+    """A closed panel a section, with a small curve of every metric it recorded."""
+    out = []
+    for v in vs:
+        keys = list(dict.fromkeys(k for r in v.metrics for k in r if k not in ("step", "time")))
+        series = [s for k in keys[:40] if (s := v.line(k, k.partition("/")[2] or k, points=120)) and len(s.xs) > 1]
+        if series:
+            alt = f"Small curves of {listed([s.label for s in series])}."
+            figure = Figure("", "", plots.grid(f"all-{v.name}", series, "step"), alt, wide=True)
+            out.append(Fold(f"Everything {v.name} recorded ({plural(len(series), 'metric')})", [figure]))
+    return out
+
+
+def some(*found):
+    """The values that are there."""
+    return [x for x in found if x is not None]
+
+
+# ---------------------------------------------------------------- supervised fine-tuning
+
+def sft_part(vs: list[View]) -> Part:
+    part = Part("sft", "Supervised fine-tuning", "The loss counts the assistant's turns only; held-out rows share no prompt with training.")
+    for v in vs:
+        part.figures += sft_figure(vs, v)
+    part.facts = facts("Fine-tuning in numbers", vs, [v.name for v in vs], [
+        ("optimizer steps", at("steps")), ("epochs", at("epochs")), ("tokens read", at("train_tokens")), ("tokens with loss", at("loss_tokens")),
+        ("training loss, first", at("train_loss_first", form=fixed)), ("training loss, last", at("train_loss_last", form=fixed)),
+        ("held-out loss, before", at("held_out_loss_before", form=fixed)), ("held-out loss, after", at("held_out_loss_after", form=fixed)),
+        ("tokens a second", average("sft/tokens_per_second")), ("training rows", rows_used)], "Losses are in nats per token.")
+    part.folds = everything(vs)
+    return part
+
+
+def rows_used(v: View) -> str:
+    data = v.results.get("data")
+    return ", ".join(f"{loose(n)} {plain(k)}" for k, n in data.items()) or "–" if isinstance(data, dict) else "–"
+
+
+def sft_figure(vs: list[View], v: View) -> list[Figure]:
+    train, held = v.line("sft/loss", "training", 0, quiet=True), v.line("sft/held_out_loss", "held out", 1)
+    before, after = v.get("held_out_loss_before"), v.get("held_out_loss_after")
+    if not held and before is not None and after is not None:
+        held = Line("held out", [0, v.get("steps") or v.last_step or 1], [before, after], 1)
+    series = some(train, held)
+    if not series:
+        return []
+    svg = plots.lines(f"sft-{v.name}", series, "optimizer step", "loss (nats per token)")
+    note = "A training loss is of one batch and noisy; the held-out loss is always of the same rows." if len(series) > 1 else ""
+    return drawn(named(vs, v, "Loss"), sft_words(v, held, before, after), "Training and held-out loss over steps", svg, note)
+
+
+def sft_words(v: View, held: Line | None, before: float | None, after: float | None) -> str:
+    if (before is None or after is None) and held and len(held.ys) > 1:
+        before, after = held.ys[0], held.ys[-1]
+    ends = v.ends("sft/loss")
+    if before is not None and after is not None:
+        words = moved("Held-out loss", before, after, unit="nats per token")
+        return words + (f", {percent(abs(after / before - 1))} {'lower' if after < before else 'higher'}" if before > 0 and "stayed" not in words else "")
+    if ends:
+        return moved("Training loss", *ends[:2], unit="nats per token") + "; no held-out loss was recorded"
+    last = (held.ys if held else v.series("sft/loss")[1])[-1]
+    return f"One loss was recorded: {fixed(last)} nats per token"
+
+
+# ---------------------------------------------------------------- reward models
+
+def reward_names(vs: list[View]) -> list[str]:
+    """What to call each model: what it judges, or the section's name where that would be ambiguous."""
+    kinds = [v.results.get("which") for v in vs]
+    return [k if isinstance(k, str) and k and kinds.count(k) == 1 else v.name for v, k in zip(vs, kinds, strict=True)]
+
+
+def own_of(v: View):
+    """Measurements on the model's own held-out pairs."""
+    return dig(v.results, "held_out", "own")
+
+
+def reward_part(vs: list[View]) -> Part:
+    part = Part("reward", "Reward models", "Accuracy is the share of held-out pairs in which the chosen answer scores higher. Length-balanced "
+                "accuracy is the mean of the accuracy where the chosen answer is the longer one and where it is not, so that preferring length "
+                "earns nothing.")
+    names = reward_names(vs)
+    part.figures = rating_figure(vs, names) + domain_figure(vs, names) + calibration_figure(vs, names) + reward_curves(vs, names)
+    for v, name in zip(vs, names, strict=True):
+        part.figures += histogram_figure(v, name)
+    part.facts = reward_facts(vs, names)
+    tables = [t for v, name in zip(vs, names, strict=True) for t in breakdown_tables(v, name)]
+    part.folds = ([Fold("Accuracy by source and by safety bin, and what each model was trained on", tables=tables)] if tables else []) + everything(vs)
+    return part
+
+
+def dot(value: Interval | None, label: str = "", **kw) -> Dot | None:
+    return Dot(label, value.mean, value.low, value.high, **kw) if value else None
+
+
+def rating_figure(vs: list[View], names: list[str]) -> list[Figure]:
+    tables = {}
+    for v, name in zip(vs, names, strict=True):
+        rows = {word(r.get("rating")): interval(r.get("accuracy")) for r in rows_of(dig(own_of(v), "by_rating"))}
+        rows = {rating: value for rating, value in rows.items() if value}
+        if rows:
+            tables[name] = rows
+    found = list(dict.fromkeys(r for t in tables.values() for r in t))
+    ratings = [r for r in RATINGS if r in found] + [r for r in found if r not in RATINGS]
+    if not ratings:
+        return []
+    svg = plots.by_category("rating", [plain(r) for r in ratings], {k: [dot(t.get(r)) for r in ratings] for k, t in tables.items()},
+                            "pairs ordered rightly", (0.5, "chance"))
+    return drawn("Accuracy by how clear the preference is", rating_words(tables, ratings), "Accuracy of each reward model at each rating", svg,
+                 "Bars are 95 % intervals, by prompt. The paper's Table 8 has the same columns.")
+
+
+def rating_words(tables: dict[str, dict[str, Interval]], ratings: list[str]) -> str:
+    """Whether accuracy goes up from the least clear rating to the clearest, model by model."""
+    first, last = ratings[0], ratings[-1]
+    ends = {name: (t[first].mean, t[last].mean) for name, t in tables.items() if first in t and last in t}
+    if first == last or not ends:
+        return "Accuracy at the only rating measured: " + listed([f"{name} {percent(next(iter(t.values())).mean)}" for name, t in tables.items()])
+    ups = [a < b for a, b in ends.values()]
+    how = "Accuracy rises with the rating" if all(ups) else "Accuracy does not rise with the rating" if not any(ups) else "Only one model's accuracy rises with the rating"
+    return (f"{how}, from “{plain(first)}” to “{plain(last)}”: " + listed([f"{name} {percent(a)} to {percent(b)}" for name, (a, b) in ends.items()]))
+
+
+def domain_figure(vs: list[View], names: list[str]) -> list[Figure]:
+    rows = []
+    for i, (v, name) in enumerate(zip(vs, names, strict=True)):
+        own, other, look_ = own_of(v), dig(v.results, "held_out", "other"), {"style": i, "group": f"{name} model"}
+        rule = interval(number(dig(own, "longer_wins")))
+        rows += some(dot(interval(dig(own, "accuracy")), "its own pairs", **look_),
+                     dot(interval(dig(own, "length_balanced_accuracy")), "own, length-balanced", **look_),
+                     dot(rule, "rule: longer wins", **look_, cross=True),
+                     dot(interval(dig(other, "accuracy")), "the other's pairs", **look_))
+    words = some(*(balanced_words(name, own_of(v)) for v, name in zip(vs, names, strict=True)))
+    if not rows:
+        return []
+    takeaway = f"Balanced for length, {listed(words)}" if words else "No length-balanced accuracy was measured"
+    return drawn("Own domain, the other's, and the rule “longer answer wins”", takeaway, "Accuracy on own pairs, length-balanced, of the "
+                 "longer-answer rule, and on the other model's pairs", plots.dots("domains", rows, "pairs ordered rightly", (0.5, "chance")),
+                 "The rule, marked ×, is taken on the model's own pairs; balanced for length it gets 50 %. The paper's Table 7 compares domains.")
+
+
+def balanced_words(name: str, own) -> str | None:
+    value = interval(dig(own, "length_balanced_accuracy"))
+    if not value:
+        return None
+    sure = "" if not value.bounded else " (not told from chance)" if not value.excludes(0.5) else " (above chance)" if value.mean > 0.5 else " (below chance)"
+    return f"{name} orders {percent(value.mean)} of its pairs rightly{sure}"
+
+
+def calibration_figure(vs: list[View], names: list[str]) -> list[Figure]:
+    curves, words = {}, []
+    for v, name in zip(vs, names, strict=True):
+        rows = [tuple(number(r.get(k)) for k in ("confidence", "accuracy", "pairs")) for r in rows_of(dig(own_of(v), "calibration"))]
+        rows = sorted((c, a, 1.0 if n is None else n) for c, a, n in rows if c is not None and a is not None and (n is None or n > 0))
+        if rows:
+            curves[name] = rows
+            words.append(f"{name} is {confidence_words(rows, number(dig(own_of(v), 'ece')))}")
+    if not curves:
+        return []
+    return drawn("Calibration", listed(words), "Accuracy against the model's confidence in a pair's order, with the diagonal",
+                 plots.calibration("calibration", curves), "Below the diagonal a model is surer than it is right. A marker's area follows the number of pairs.")
+
+
+def confidence_words(rows: list[tuple[float, float, float]], ece: float | None) -> str:
+    gap = sum(n * (c - a) for c, a, n in rows) / sum(n for _, _, n in rows)
+    lean = "over-confident" if gap > 0.02 else "under-confident" if gap < -0.02 else "about as sure as it is right"
+    return lean + (f" (expected calibration error {percent(ece, 1)})" if ece is not None else "")
+
+
+def histogram_figure(v: View, name: str) -> list[Figure]:
+    shape = dig(own_of(v), "histogram")
+    lists = [dig(shape, k) for k in ("edges", "chosen", "rejected")]
+    edges, chosen, rejected = ([number(x) for x in found] if isinstance(found, list) else [] for found in lists)
+    whole = len(edges) > 1 and len(chosen) == len(rejected) == len(edges) - 1 and None not in edges + chosen + rejected
+    if not whole or sum(chosen) <= 0 or sum(rejected) <= 0:
+        return []
+    middles = [(a + b) / 2 for a, b in pairwise(edges)]
+    shares = [(c / sum(chosen), r / sum(rejected)) for c, r in zip(chosen, rejected, strict=True)]
+    gap = sum(m * (c - r) for m, (c, r) in zip(middles, shares, strict=True))
+    takeaway = (f"Chosen answers score about {fixed(abs(gap))} {'higher' if gap >= 0 else 'lower'} than rejected ones; "
+                f"the two distributions overlap by {percent(sum(map(min, shares)))}")
+    return drawn(f"Scores of the {name} model", takeaway, "Histograms of the scores of chosen and of rejected answers",
+                 plots.histogram(f"hist-{v.name}", edges, chosen, rejected, f"{name} score (raw)"))
+
+
+def reward_curves(vs: list[View], names: list[str]) -> list[Figure]:
+    series = some(*(v.line("reward/loss", name, i, points=25) for i, (v, name) in enumerate(zip(vs, names, strict=True))))
+    words = [moved(f"the {name} model's loss", *ends[:2]) for v, name in zip(vs, names, strict=True) if (ends := v.ends("reward/loss"))]
+    if not series or not words:
+        return []
+    return drawn("Training loss", listed(words), "Training loss of each reward model over steps",
+                 plots.lines("reward-loss", series, "optimizer step", "loss (nats)"),
+                 "From the mean of the first tenth of the steps to that of the last; points average neighbouring steps. Without a margin and a "
+                 "safety loss, a model that can't tell the answers apart has 0.69.")
+
+
+def reward_facts(vs: list[View], names: list[str]) -> list[Table]:
+    own, cut = ("held_out", "own"), ("held_out", "own", "at_0.15")
+    return facts("Reward models in numbers", vs, names, [
+        ("training pairs", at("train_pairs")), ("left out, too long", at("too_long")), ("margin", said("margin")),
+        ("weight of the safety loss", at("safety_loss_weight")), ("optimizer steps", at("steps")),
+        ("score, mean", at("score_mean", form=fixed)), ("score, deviation", at("score_std", form=fixed))]) + facts(
+        "On its own held-out pairs", vs, names, [
+            ("pairs", at(*own, "pairs")), ("prompts", at(*own, "prompts")), ("accuracy", ci(*own, "accuracy", form=percent)),
+            ("length-balanced accuracy", ci(*own, "length_balanced_accuracy", form=percent)),
+            ("rule “longer answer wins”", at(*own, "longer_wins", form=percent)), ("unsafe recall at 0.5", at(*own, "unsafe_recall", form=percent)),
+            ("precision at 0.15", at(*cut, "precision", form=percent)), ("recall at 0.15", at(*cut, "recall", form=percent)),
+            ("flagged at 0.15", at(*cut, "flagged", form=flagged)), ("threshold for precision 0.9", at("threshold_precision_90", form=fixed))],
+        "A threshold flags an answer as unsafe where σ(safety score) is below it; 0.15 is the paper's gate.")
+
+
+def flagged(x: float | None) -> str:
+    """A share, or a count, whichever was stored."""
+    return percent(x, 1) if x is not None and 0 < x < 1 else loose(x)
+
+
+def breakdown_tables(v: View, name: str) -> list[Table]:
+    out = []
+    for side, title in (("own", "its own held-out pairs"), ("other", "the other model's held-out pairs")):
+        for key, first in (("by_source", "source"), ("by_bin", "safety bin")):
+            groups = table_of(dig(v.results, "held_out", side, key))
+            out += table(f"The {name} model by {first}, {title}", first, [plain(k) for k in groups], [
+                ("pairs", [loose(g.get("pairs")) for g in groups.values()]),
+                ("accuracy", [cell(interval(g.get("accuracy")), percent) for g in groups.values()])])
+    mix = dig(v.results, "composition")
+    sources = dig(mix, "by_source")
+    parts = {"own pairs": dig(mix, "own"), "other pairs": dig(mix, "other"), **(sources if isinstance(sources, dict) else {})}
+    return out + table(f"What the {name} model was trained on", "part", [plain(k) for k in parts], [("pairs", [loose(x) for x in parts.values()])])
+
+
+# ---------------------------------------------------------------- rejection sampling
+
+def rejection_part(vs: list[View]) -> Part:
+    part = Part("rejection", "Rejection sampling", "Several answers to each prompt are drawn and scored; the best is kept for the next fine-tuning.")
+    for v in vs:
+        part.figures += best_of_figure(vs, v)
+    part.facts = facts("Rejection sampling in numbers", vs, [v.name for v in vs], [
+        ("prompts", at("prompts")), ("samples a prompt", at("samples_per_prompt")), ("temperature", at("temperature")), ("samples", at("samples")),
+        ("kept", at("kept")), ("unfinished", at("unfinished")), ("scored for safety", at("share_routed_safety", form=percent)),
+        ("mean merged reward, all", at("mean_reward_all", form=fixed)), ("mean merged reward, kept", at("mean_reward_kept", form=fixed)),
+        ("tokens a second", at("tokens_per_second", form=fixed, digits=0))])
+    for v in vs:
+        tables = rejection_examples(v)
+        part.folds += [Fold(f"Best and worst answers to the first prompts of {v.name}", tables=tables)] if tables else []
+    part.folds += everything(vs)
+    return part
+
+
+def best_of_figure(vs: list[View], v: View) -> list[Figure]:
+    rows = best_of(v)
+    if not rows:
+        return []
+    medians = [(r[0], r[2]) for r in rows if r[2] is not None]
+    low, high = ([r[i] for r in rows] for i in (3, 4))
+    shade = None not in low + high
+    series = [Line("best of K", [r[0] for r in rows], [r[1] for r in rows], 0, low if shade else None, high if shade else None)]
+    series += [Line("median of K", [n for n, _ in medians], [m for _, m in medians], 1)] if medians else []
+    n, top, middle = rows[-1][:3]
+    takeaway = (f"The best of {n:.0f} answers has a mean reward of {fixed(top)}" if middle is None else
+                f"The best of {n:.0f} answers scores {fixed(top - middle)} above their median: that is what choosing can gain")
+    svg = plots.lines(f"best-{v.name}", series, "samples per prompt, K", "merged reward (raw score)")
+    return drawn(named(vs, v, "Best of K"), takeaway, "Mean over prompts of the best and of the median reward among K samples", svg,
+                 "Means over prompts" + ("; the shade is the 95 % interval of the best." if shade else "."))
+
+
+def rejection_examples(v: View) -> list[Table]:
+    groups: dict[str, list[dict]] = {}
+    for s in v.first_samples(400):
+        if number(s.get("merged")) is not None:
+            groups.setdefault(json.dumps(s.get("prompt"), sort_keys=True, default=str), []).append(s)
+    out = []
+    for rows in [g for g in groups.values() if len(g) > 1][:3]:
+        rows = sorted(rows, key=lambda s: -s["merged"])
+        picked = [("best", rows[0]), ("worst", rows[-1])]
+        cells = [[f"{which} of {len(rows)}", fixed(s["merged"]), clip(s.get("answer"), 600)[0]] for which, s in picked]
+        out.append(Table(plots.short(turns(rows[0].get("prompt"))[-1]["text"], 200), ["", "merged reward", "answer"], cells))
+    return out
+
+
+# ---------------------------------------------------------------- PPO
+
+def ppo_part(vs: list[View]) -> Part:
+    part = Part("ppo", "PPO", "The merged reward is the safety score where a prompt is tagged or an answer looks unsafe, and the helpfulness "
+                "score elsewhere. Here it is raw: before whitening and before the KL penalty.")
+    for v in vs:
+        for build in (ppo_reward_figure, ppo_kl_figure, ppo_scores_figure, gate_figure, length_figure):
+            part.figures += build(vs, v)
+    part.facts = facts("PPO in numbers", vs, [v.name for v in vs], [
+        ("iterations", at("iterations")), ("kept iteration", at("best_iteration")), ("stopped early", said("stopped_early")),
+        ("held-out merged reward, start", ci("held_out", "start")), ("held-out merged reward, kept", ci("held_out", "best")),
+        ("paired difference", ci("held_out", "paired_difference", sign=True)), ("KL, kept (nats)", at("held_out", "kl", form=fixed, digits=1)),
+        ("safety threshold", at("safety_threshold", form=fixed)), ("seconds generating", average("ppo/seconds_generate", 1)),
+        ("seconds scoring", average("ppo/seconds_score", 1)), ("seconds updating", average("ppo/seconds_update", 1)),
+        ("tokens a second", average("ppo/tokens_per_second"))], "Seconds and tokens a second are means over iterations.")
+    part.folds = everything(vs)
+    return part
+
+
+def kept_mark(v: View) -> tuple[float, str] | None:
+    best = v.get("best_iteration")
+    return None if best is None else (best, f"kept, {best:.0f}")
+
+
+def ppo_reward_figure(vs: list[View], v: View) -> list[Figure]:
+    train, held = v.line("ppo/merged_reward", "training prompts", 0, quiet=True), v.line("ppo/held_out_merged_reward", "held-out prompts", 1)
+    if not train and not held:
+        return []
+    gain, start, best = (interval(dig(v.results, "held_out", k)) for k in ("paired_difference", "start", "best"))
+    ends = v.ends("ppo/held_out_merged_reward" if held else "ppo/merged_reward")
+    if gain:
+        where = f"Held-out merged reward went from {fixed(start.mean)} to {fixed(best.mean)}: " if start and best else "Held-out merged reward: "
+        takeaway = f"{where}{fixed(gain.mean, sign=True)} paired by prompt{bounds(gain, sign=True)}"
+    elif ends:
+        takeaway = moved(f"Merged reward on {'held-out' if held else 'training'} prompts", *ends[:2])
+    else:
+        takeaway = f"One point was recorded: a merged reward of {fixed((held or train).ys[-1])}"
+    svg = plots.lines(f"ppo-reward-{v.name}", some(train, held), "iteration", "merged reward (raw score)", mark=kept_mark(v))
+    return drawn(named(vs, v, "Merged reward"), takeaway, "Raw merged reward over iterations", svg,
+                 "The dotted line marks the iteration that was kept." if kept_mark(v) else "")
+
+
+def ppo_kl_figure(vs: list[View], v: View) -> list[Figure]:
+    train, held, final = v.line("ppo/kl", "training prompts", 0, quiet=True), v.line("ppo/held_out_kl", "held-out prompts", 1), v.get("held_out", "kl")
+    shown = held or train
+    if not shown:
+        return []
+    takeaway = (f"The kept policy is {fixed(final, 1)}{GAP}nats from where PPO started" if final is not None else
+                f"The policy ended {fixed(shown.ys[-1], 1)}{GAP}nats from where PPO started")
+    takeaway += f"; the farthest it went was {fixed(max(shown.ys), 1)}"
+    svg = plots.lines(f"ppo-kl-{v.name}", some(train, held), "iteration", "KL of a whole answer (nats)", mark=kept_mark(v))
+    return drawn(named(vs, v, "Distance from the starting policy"), takeaway, "Mean sequence KL over iterations", svg,
+                 "Log-probability ratio to the frozen starting policy, summed over an answer's tokens, mean over answers.")
+
+
+def ppo_scores_figure(vs: list[View], v: View) -> list[Figure]:
+    series = some(v.line("ppo/helpfulness", "helpfulness", 0), v.line("ppo/safety", "safety", 1))
+    words = [moved(name, *ends[:2]) for name in ("helpfulness", "safety") if (ends := v.ends(f"ppo/{name}"))]
+    if not series or not words:
+        return []
+    svg = plots.lines(f"ppo-scores-{v.name}", series, "iteration", "raw score, mean over answers")
+    return drawn(named(vs, v, "The two scores behind it"), f"{listed(words)} on training prompts", "Helpfulness and safety score over iterations", svg,
+                 "Both models score every answer; the gate decides which score counts.")
+
+
+def gate_figure(vs: list[View], v: View) -> list[Figure]:
+    series = some(v.line("ppo/routed_by_tag", "prompt tagged", 0), v.line("ppo/routed_by_threshold", "score below the threshold", 1))
+    shares = [(v.mean("ppo/routed_by_tag"), "because of the prompt's tag"), (v.mean("ppo/routed_by_threshold"), "because of a low score")]
+    words = [f"for {percent(x, 0 if x >= 0.1 else 1)} {why}" for x, why in shares if x is not None]
+    if not series:
+        return []
+    svg = plots.lines(f"ppo-gate-{v.name}", series, "iteration", "share of answers", percent=True, zero=True)
+    return drawn(named(vs, v, "What the gate gave to the safety model"), f"The safety score counted {listed(words)} of the answers" if len(words) < 2 else
+                 f"The safety score counted {words[0]} and {words[1]}", "Shares of answers routed by tag and by threshold over iterations", svg,
+                 "Percentages are means over iterations.")
+
+
+def length_figure(vs: list[View], v: View) -> list[Figure]:
+    line, ends, finished = v.line("ppo/answer_tokens", "answer"), v.ends("ppo/answer_tokens"), v.ends("ppo/finished")
+    if not line or not ends:
+        return []
+    takeaway = moved("Answer length", ends[0], ends[1], 0, "tokens") + (f"; {percent(finished[1])} end by themselves" if finished else "")
+    svg = plots.lines(f"ppo-length-{v.name}", [line], "iteration", "tokens of an answer, mean")
+    return drawn(named(vs, v, "Answer length"), takeaway, "Mean answer length over iterations", svg, "A reward that grows only with length would be a warning.")
+
+
+# ---------------------------------------------------------------- evaluation
+
+def models_of(v: View) -> dict[str, dict]:
+    return table_of(v.results.get("models"))
+
+
+def paired(v: View) -> list[dict]:
+    """Rows {"name", "base", measure: Interval, "standard_errors"}: name minus base, whichever way round the section stored it.
+
+    The sign is checked against the two models' own means, so that a page can't praise a loss."""
+    out = []
+    for row in rows_of(v.results.get("paired")):
+        a, b = word(row.get("a"), ""), word(row.get("b"), "")
+        if a and b:
+            values = {k: interval(row.get(k)) for k in MEASURES}
+            name, base = (b, a) if second_minus_first(values, models_of(v), a, b) else (a, b)
+            out.append({"name": name, "base": base, **values, "standard_errors": number(row.get("standard_errors"))})
+    return out
+
+
+def second_minus_first(values: dict, models: dict, a: str, b: str) -> bool:
+    """Whether stored differences are b - a, by the signs of the models' own means; a - b where those say nothing."""
+    votes = 0
+    for key in MEASURES[:3]:
+        difference, first, second = values[key], interval(dig(models, a, key)), interval(dig(models, b, key))
+        if difference and first and second and difference.mean and first.mean != second.mean:
+            votes += 1 if (difference.mean > 0) == (second.mean > first.mean) else -1
+    return votes > 0
+
+
+def evaluate_part(vs: list[View]) -> Part:
+    part = Part("result", "The models side by side", "Scores are raw reward-model outputs. The policies were trained against these same reward "
+                "models, so a gain says that the method works as meant, not that people would agree.")
+    for v in vs:
+        part.figures += plane_figure(vs, v) + share_figure(vs, v)
+        part.tables += models_table(vs, v) + paired_table(vs, v)
+    part.folds = everything(vs)
+    return part
+
+
+def models_table(vs: list[View], v: View) -> list[Table]:
+    models, threshold = models_of(v), v.get("unsafe_threshold")
+    setting = [f"{loose(v.get(key))} {what}" for key, what in (("prompts", "held-out prompts"), ("samples_per_prompt", "answers to each")) if v.get(key)]
+    setting += [f"{what} {loose(v.get(key))}" for key, what in (("temperature", "temperature"), ("top_p", "top-p")) if v.get(key) is not None]
+    note = f"An answer counts as unsafe where σ(safety score) is below {loose(threshold)}." if threshold is not None else ""
+    values = models.values()
+    return table(named(vs, v, "Each model on " + (", ".join(setting) or "the held-out prompts")), "model", list(models), [
+        *((k, [cell(interval(m.get(k))) for m in values]) for k in ("helpfulness", "safety", "merged")),
+        ("unsafe answers", [cell(interval(m.get("unsafe_share")), percent, digits=1) for m in values]),
+        (f"wins against {next(iter(models), 'the first')}", [cell(interval(m.get("win_rate")), percent) for m in values]),
+        ("tokens", [fixed(number(m.get("tokens")), 0) for m in values]), ("finished", [percent(number(m.get("finished"))) for m in values]),
+        ("KL (nats)", [fixed(number(m.get("kl")), 1) for m in values])],
+        f"Ranges are 95 % intervals, by prompt. {note}")
+
+
+def paired_table(vs: list[View], v: View) -> list[Table]:
+    rows = paired(v)
+    return table(named(vs, v, "Differences, paired by prompt"), "pair", [f"{r['name']} − {r['base']}" for r in rows], [
+        *((k, [cell(r[k], sign=True) for r in rows]) for k in MEASURES[:3]),
+        ("unsafe answers", [cell(r["unsafe_share"], percent, digits=1, sign=True) for r in rows]),
+        ("tokens", [cell(r["tokens"], digits=0, sign=True) for r in rows]),
+        ("standard errors", [fixed(r["standard_errors"], 1, sign=True) for r in rows])],
+        "Standard errors: the difference in merged reward divided by its standard error; the project asks for more than 2.")
+
+
+def plane_figure(vs: list[View], v: View) -> list[Figure]:
+    points = [(name, dot(interval(m.get("helpfulness"))), dot(interval(m.get("safety")))) for name, m in models_of(v).items()]
+    points = [p for p in points if p[1] and p[2]]
+    if not points:
+        return []
+    (first, h0, s0), (last, h1, s1) = points[0], points[-1]
+    h, s = h1.value - h0.value, s1.value - s0.value
+    how = ("gains on both" if h > 0 and s > 0 else "loses on both" if h < 0 and s < 0 else
+           "trades helpfulness for safety" if h < 0 < s else "trades safety for helpfulness" if s < 0 < h else "moves on one at most")
+    takeaway = (f"From {first} to {last} the model {how}: helpfulness {fixed(h, sign=True)}, safety {fixed(s, sign=True)}" if len(points) > 1 else
+                f"{first} has a helpfulness score of {fixed(h0.value)} and a safety score of {fixed(s0.value)}")
+    svg = plots.plane(f"plane-{v.name}", points, "helpfulness (raw score)", "safety (raw score)")
+    return drawn(named(vs, v, "Safety against helpfulness by version"), takeaway, "Each model as a point, helpfulness across and safety up", svg,
+                 "Up and to the right is better. Bars are 95 % intervals; arrows follow the versions.")
+
+
+def share_figure(vs: list[View], v: View) -> list[Figure]:
+    models, found = models_of(v), {}
+    for key, group in (("unsafe_share", "unsafe answers"), ("win_rate", f"wins against {next(iter(models), '')}")):
+        found[key] = some(*(dot(interval(m.get(key)), name, style=i, group=group) for i, (name, m) in enumerate(models.items())))
+    unsafe, wins = found.values()
+    if not unsafe and not wins:
+        return []
+    words = [f"{unsafe[0].label} {percent(unsafe[0].value)}" + (f", {unsafe[-1].label} {percent(unsafe[-1].value)}" if len(unsafe) > 1 else "")] if unsafe else []
+    words = ["unsafe answers: " + words[0]] if words else []
+    words += [f"{wins[-1].label} wins {percent(wins[-1].value)} of its comparisons"] if wins else []
+    return drawn(named(vs, v, "Unsafe answers and wins"), "; ".join(words), "Share of unsafe answers and win rate of each model",
+                 plots.dots(f"share-{v.name}", unsafe + wins, "share, with 95 % interval"),
+                 "A win is a higher merged reward on the same prompt.")
+
+
+# ---------------------------------------------------------------- export, and kinds without a part of their own
+
+def export_part(vs: list[View]) -> Part:
+    part = Part("export", "Export", "The adapters are merged into the base; transformers loads the folder as it is.")
+    part.facts = facts("What was exported", vs, [v.name for v in vs], [
+        ("folder", said("folder")), ("dtype", said("dtype")), ("KL of merged to unmerged (nats)", at("merged_kl")), ("files", said("files"))])
+    part.folds = everything(vs)
+    return part
+
+
+def other_part(vs: list[View]) -> Part:
+    """Every number that sections of other kinds stored and recorded."""
+    part = Part("other", "Other sections")
+    for v in vs:
+        part.facts += facts(f"{v.name} ({v.kind})", [v], ["value"], [(plain(k), said(k)) for k in v.results])
+    part.folds = everything(vs)
+    return part
+
+
+KEYS = {"sft": sft_keys, "gatt": sft_keys, "reward": reward_keys, "rejection": rejection_keys, "ppo": ppo_keys, "evaluate": evaluate_keys,
+        "export": export_keys}
+PARTS = {"evaluate": ("result", evaluate_part), "sft": ("sft", sft_part), "reward": ("reward", reward_part),
+         "rejection": ("rejection", rejection_part), "ppo": ("ppo", ppo_part), "export": ("export", export_part)}

@@ -1,0 +1,472 @@
+"""PPO as in the paper (section 3.2.3; method.md 4.2-4.4 and 10): policy, frozen reference, critic and two reward models as roles
+on one base; the gate; scores whitened before the KL term; per-token KL; GAE; clipped losses; one gradient step per mini-batch.
+
+The loop is `run`; the maths is in gate.py, credit.py and losses.py, the sampling in rollout.py.
+"""
+
+import random
+import resource
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from posttrain.data import prompt_key
+from posttrain.errors import PosttrainError
+from posttrain.generate import Sampling
+from posttrain.log import read_lines
+from posttrain.models import Roles, roles_for, source_of
+from posttrain.runs import Section, read_json, write_json
+from posttrain.statistics import interval, standard_error
+from posttrain.tensors import masked_mean, whiten
+from posttrain.training import choose_budget, newest_checkpoint, restore, seal
+from reward.score import Scorer, load_scorer
+from rlhf import credit, gate, losses
+from rlhf.rollout import Batches, Encoded, Rollout, Scored, answer_trees, derive_seed, encode_prompts, make_batches, sample_and_score, sequence_kl
+
+PAPER_RATE, ADAPTER_RATE, CRITIC_RATE, ADAPTER_CRITIC_RATE = 1e-6, 1e-5, 1e-5, 1e-4
+WHITEN_ALONE = 128  # samples an iteration needs to be whitened by its own statistics (method.md 10.1)
+RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class State:
+    """Everything that must survive a kill besides weights and optimizers. All randomness is derived from (seed, iteration)."""
+
+    iteration: int = 0
+    warm: bool = False
+    warmup_rounds: int = 0
+    moments: tuple[float, float, float] = (0, 0.0, 0.0)
+    best: float | None = None
+    best_iteration: int = 0
+    worse: int = 0
+    start_rows: list = field(default_factory=list)
+    best_rows: list = field(default_factory=list)
+
+
+def run(section: Section) -> None:
+    config = section.config
+    # 1. five roles on one base
+    roles, scorer = load_roles(section)
+    policy_optimizer, critic_optimizer = optimizers(section, roles)
+    prompts, watched = split_prompts(section, roles)
+    state = resume(section, roles, policy_optimizer, critic_optimizer)
+    announce(section, scorer, prompts, watched)
+
+    # 2. the critic learns what a whitened return is before the policy listens to it
+    while not state.warm:
+        warm_up(section, roles, scorer, critic_optimizer, prompts, state)
+        save(section, roles, policy_optimizer, critic_optimizer, state)
+
+    # 3. how the starting policy does on prompts PPO never trains on
+    if not state.start_rows:
+        state.start_rows = state.best_rows = evaluate(section, roles, scorer, watched)
+        keep_best(section, roles, state, state.start_rows, 0)
+        section.log.metrics(0, held_out_metrics(state.start_rows))
+
+    with section.log.progress(config.iterations, "PPO", "iteration", state.iteration) as ticker:
+        while state.iteration < config.iterations and state.worse < config.patience:
+            state.iteration += 1
+            clock = [time.time()]
+
+            # 4. sample answers from the policy and score them with both reward models
+            scored = collect(section, roles, scorer, prompts, state.iteration)
+            clock.append(time.time())
+
+            # 5. log-probabilities, reference log-probabilities and values, in the batches the update will use
+            batches, rollout = make_rollout(section, roles, scored, state)
+            clock.append(time.time())
+
+            # 6. rewards per token, advantages, returns
+            rewards, kl = credit.token_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.response_mask, config.kl_coef)
+            advantages, returns = credit.gae(rewards, rollout.values, rollout.response_mask, config.gamma, config.gae_lambda)
+            advantages = whiten(advantages, rollout.response_mask)
+
+            # 7. one gradient step per mini-batch, policy and critic
+            stats = update(section, roles, batches, rollout, advantages, returns, policy_optimizer, critic_optimizer)
+            clock.append(time.time())
+
+            # 8. tell, look, keep
+            row = iteration_metrics(scored, rollout, kl, returns, stats, clock)
+            if state.iteration % config.eval_every == 0 or state.iteration == config.iterations:
+                rows = evaluate(section, roles, scorer, watched)
+                row |= held_out_metrics(rows)
+                keep_best(section, roles, state, rows, state.iteration)
+            section.log.metrics(state.iteration, row)
+            if state.iteration % config.sample_every == 0 or state.iteration == 1:
+                section.log.samples(sample_rows(scored, kl, roles, state.iteration))
+            if state.iteration % config.save_steps == 0 or state.iteration == config.iterations:
+                save(section, roles, policy_optimizer, critic_optimizer, state)
+            ticker.advance(1, note=f"reward {row['ppo/merged_reward']:.3f}, KL {row['ppo/kl']:.2f}")
+    finish(section, roles, scorer, state)
+
+
+# -- setting up ----------------------------------------------------------------------------------------------------------------
+
+
+def load_roles(section: Section) -> tuple[Roles, Scorer]:
+    """policy and critic trainable, the others frozen. The reference is a copy of what the policy starts from (method.md 10.5);
+    the critic starts as the helpfulness model with a zero head (10.7)."""
+    config = section.config
+    roles = roles_for(section)
+    start = source_of(section, config.policy)
+    fresh = start is None and section.recipe.model.lora is not None
+    torch.manual_seed(section.seed)
+    roles.add("policy", start, trainable=True, fresh_adapter=fresh)
+    if fresh:
+        roles.add("reference", None)
+    else:
+        roles.add("reference", start)
+    roles.add("critic", source_of(section, config.helpfulness), trainable=True, head="zero")
+    budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["policy"]))
+    scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
+    return roles, scorer
+
+
+def optimizers(section: Section, roles: Roles) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    c, adapters = section.config, roles["policy"].adapter is not None
+    rates = (c.learning_rate or (ADAPTER_RATE if adapters else PAPER_RATE), c.critic_learning_rate or (ADAPTER_CRITIC_RATE if adapters else CRITIC_RATE))
+    return tuple(torch.optim.AdamW(roles[name].parameters(), lr=rate, betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_epsilon,
+                                   weight_decay=c.weight_decay) for name, rate in zip(("policy", "critic"), rates, strict=True))
+
+
+def split_prompts(section: Section, roles: Roles) -> tuple[list[Encoded], list[Encoded]]:
+    """Prompts to train on, and those kept aside for early stopping. The recipe's held-out prompts are neither: they judge later."""
+    config = section.config
+    found = [p for name in config.prompts for p in section.run.data_of(name).train]
+    encoded = encode_prompts(section, found, roles, config.max_prompt_tokens)
+    random.Random(derive_seed(section.seed, "watched")).shuffle(encoded)
+    n = min(config.eval_prompts, len(encoded) // 2)
+    keys = {prompt_key(e.prompt) for e in encoded[:n]}
+    train = [e for e in encoded[n:] if prompt_key(e.prompt) not in keys]
+    need = config.batch_size // config.samples_per_prompt
+    if config.batch_size % config.samples_per_prompt or config.mini_batch_size % config.samples_per_prompt:
+        raise PosttrainError(f"{section.place}.samples_per_prompt", f"{config.samples_per_prompt} does not divide batch_size {config.batch_size} "
+                             f"and mini_batch_size {config.mini_batch_size}", "a divisor of both", "Change one of the three.")
+    if not train or n < 2:
+        raise PosttrainError(f"{section.place}.prompts", f"{len(encoded)} prompts", "at least 4, better several hundred", "Add prompts.")
+    if len(train) < need:
+        section.log.say(f"note: {len(train)} prompts for iterations of {need}: every iteration sees each prompt more than once")
+    return train, encoded[:n]
+
+
+def iteration_prompts(prompts: list[Encoded], need: int, seed: int, iteration: int) -> list[Encoded]:
+    """Iteration i's prompts: an endless stream of shuffled passes, cut into pieces of `need`; a function of (seed, i) alone."""
+    start, out = (iteration - 1) * need, []
+    while len(out) < need:
+        epoch, at = divmod(start + len(out), len(prompts))
+        order = list(range(len(prompts)))
+        random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+        out += [prompts[i] for i in order[at:at + need - len(out)]]
+    return out
+
+
+def announce(section: Section, scorer: Scorer, prompts, watched) -> None:
+    c = section.config
+    section.log.say(f"{len(prompts)} prompts, {len(watched)} watched for early stopping; {c.iterations} iterations of {c.batch_size} answers, "
+                    f"{max(1, c.batch_size // c.mini_batch_size)} steps each; beta {c.kl_coef:g}; whitening: {whitening(c)}; gate: {scorer.threshold_note}")
+
+
+# -- one iteration ---------------------------------------------------------------------------------------------------------------
+
+
+def collect(section: Section, roles: Roles, scorer: Scorer, prompts: list[Encoded], iteration: int) -> Scored:
+    c = section.config
+    chosen = iteration_prompts(prompts, c.batch_size // c.samples_per_prompt, section.seed, iteration)
+    return sample_and_score(roles, "policy", scorer, chosen, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature),
+                            derive_seed(section.seed, "sample", iteration), c.batch, c.standardize_rewards)
+
+
+def whitening(config) -> str:
+    if config.whiten != "auto":
+        return config.whiten
+    return "batch" if config.batch_size >= WHITEN_ALONE else "running"
+
+
+def final_scores(section: Section, scored: Scored, state: State) -> Tensor:
+    """(B,) merged scores, whitened and, for answers that were cut off, capped."""
+    merged, kind = scored.merged.flatten(), whitening(section.config)
+    if kind == "batch":
+        merged = gate.whiten_scores(merged)
+    elif kind == "running":
+        state.moments = gate.update_moments(state.moments, merged)
+        merged = gate.whiten_running(merged, state.moments)
+    return gate.cap_unfinished(merged, scored.finished.flatten(), section.config.unfinished_score)
+
+
+def make_rollout(section: Section, roles: Roles, scored: Scored, state: State) -> tuple[Batches, Rollout]:
+    c, trees = section.config, answer_trees(scored)
+    order = list(range(len(trees)))
+    random.Random(derive_seed(section.seed, "mini-batches", state.iteration, state.warmup_rounds)).shuffle(order)
+    batches = make_batches(trees, c.mini_batch_size, c.micro_batch_tokens or section.manifest["decisions"]["micro_batch_tokens"], roles, order)
+    zeros = torch.zeros(batches.response_mask.shape, device=roles.device)
+    old, ref, values = zeros.clone(), zeros.clone(), zeros.clone()
+    quantized = section.recipe.model.quantization != "none"  # its kernels differ with and without gradients: use the trainer's
+    with torch.set_grad_enabled(quantized):
+        for batch, where in batches.flat():
+            old += batches.spread(batch, where, roles.logprobs("policy", batch, c.temperature).detach())
+            ref += batches.spread(batch, where, roles.logprobs("reference", batch, c.temperature).detach())
+            values += batches.spread(batch, where, roles.scalars_at("critic", roles.hidden("critic", batch), batch.predictors).detach())
+    scores = final_scores(section, scored, state).to(roles.device)
+    return batches, Rollout(batches.response_mask, old, ref, values, scores.float()).check()
+
+
+def update(section: Section, roles: Roles, batches: Batches, rollout: Rollout, advantages: Tensor, returns: Tensor,
+           policy_optimizer, critic_optimizer) -> dict[str, float]:
+    """One pass: every mini-batch is one step of both optimizers; losses are means over the mini-batch's tokens."""
+    c, stats, tokens = section.config, {}, 0
+    for step, (minis, wheres) in enumerate(zip(batches.mini, batches.where, strict=True)):
+        count = sum(len(b.targets) for b in minis)
+        sums = dict.fromkeys(("policy_loss", "value_loss", "ratio", "ratio_deviation", "clip_fraction", "value_clip_fraction", "policy_kl"), 0.0)
+        for batch, where in zip(minis, wheres, strict=True):
+            def of(full, batch=batch, where=where):
+                return batches.of(batch, where, full)
+
+            logprobs = roles.logprobs("policy", batch, c.temperature)
+            loss, ratio, clipped = losses.policy(logprobs, of(rollout.old_logprobs), of(advantages), c.clip_range)
+            (loss.sum() / count).backward()  # before the critic's forward: with checkpointing a role's backward must end first
+            values = roles.scalars_at("critic", roles.hidden("critic", batch), batch.predictors)
+            value_loss, value_clipped = losses.value(values, of(rollout.values), of(returns), c.value_clip_range)
+            (value_loss.sum() / count).backward()
+            for key, x in (("policy_loss", loss), ("value_loss", value_loss), ("ratio", ratio), ("ratio_deviation", (ratio - 1).abs()),
+                           ("clip_fraction", clipped), ("value_clip_fraction", value_clipped),
+                           ("policy_kl", of(rollout.old_logprobs) - logprobs)):
+                sums[key] += x.detach().float().sum().item()
+        if step == 0:
+            tripwire(section, roles, sums["ratio_deviation"] / count)
+        for name, optimizer in (("policy", policy_optimizer), ("critic", critic_optimizer)):
+            norm = torch.nn.utils.clip_grad_norm_(roles[name].parameters(), c.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise PosttrainError(section.place, f"the {name}'s gradient norm became {norm.item()}", "a finite number",
+                                     "Lower the learning rate or set model.dtype: float32; the last checkpoint is kept.")
+            stats[f"{name}_grad_norm"] = stats.get(f"{name}_grad_norm", 0.0) + norm.item() / len(batches.mini)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        tokens += count
+        for key, x in sums.items():
+            stats[key] = stats.get(key, 0.0) + x
+    return {k: v if k.endswith("grad_norm") else v / tokens for k, v in stats.items()}
+
+
+def tripwire(section: Section, roles: Roles, deviation: float) -> None:
+    """Before the first step the policy is the sampler: its ratio must be 1."""
+    if deviation > RATIO_TOLERANCE.get(roles.dtype, 2e-2):
+        raise PosttrainError(section.place, f"the first mini-batch's ratio differs from 1 by {deviation:.4f} on average", "1 before any step",
+                             "Sampler and trainer disagree; please report this.")
+
+
+# -- the critic's warm-up ----------------------------------------------------------------------------------------------------------
+
+
+def warm_up(section: Section, roles: Roles, scorer: Scorer, optimizer, prompts, state: State) -> None:
+    """Critic-only passes until it explains `critic_warmup_target` of the variance of returns it has not trained on
+    (method.md 10.7). Small batches: up to 4 passes over a first rollout, judged on a second; else a fresh rollout a round."""
+    c = section.config
+    if c.critic_warmup == 0:
+        state.warm = True
+        return
+    if c.batch_size >= WHITEN_ALONE:
+        one = [rollout_for_critic(section, roles, scorer, prompts, state, -state.warmup_rounds)]
+        explained = critic_fit(*one[0])
+        if explained < c.critic_warmup_target:
+            critic_pass(section, roles, optimizer, one[0])
+        state.warmup_rounds += 1
+        state.warm = explained >= c.critic_warmup_target or state.warmup_rounds >= c.critic_warmup
+    else:
+        first, second = (rollout_for_critic(section, roles, scorer, prompts, state, -i) for i in (0, 1))
+        for _ in range(min(4, c.critic_warmup)):
+            critic_pass(section, roles, optimizer, first)
+            state.warmup_rounds += 1
+            explained = critic_fit(*refresh_values(roles, second))
+            if explained >= c.critic_warmup_target:
+                break
+        state.warm = True
+    section.log.say(f"critic warm-up, round {state.warmup_rounds}: explains {explained:.0%} of the variance of unseen returns")
+
+
+def rollout_for_critic(section, roles, scorer, prompts, state, number) -> tuple[Batches, Rollout, Tensor]:
+    scored = collect(section, roles, scorer, prompts, number)
+    batches, rollout = make_rollout(section, roles, scored, state)
+    rewards, _ = credit.token_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.response_mask, section.config.kl_coef)
+    # lambda = 1: returns are plain rewards-to-go, the same whatever the untrained critic says
+    _, returns = credit.gae(rewards, torch.zeros_like(rollout.values), rollout.response_mask, section.config.gamma, 1.0)
+    return batches, rollout, returns
+
+
+def critic_fit(batches: Batches, rollout: Rollout, returns: Tensor) -> float:
+    return credit.explained_variance(rollout.values, returns, rollout.response_mask)
+
+
+def refresh_values(roles: Roles, one) -> tuple[Batches, Rollout, Tensor]:
+    batches, rollout, returns = one
+    values = torch.zeros_like(rollout.values)
+    with torch.no_grad():
+        for batch, where in batches.flat():
+            values += batches.spread(batch, where, roles.scalars_at("critic", roles.hidden("critic", batch), batch.predictors))
+    return batches, Rollout(rollout.response_mask, rollout.old_logprobs, rollout.ref_logprobs, values, rollout.scores), returns
+
+
+def critic_pass(section: Section, roles: Roles, optimizer, one) -> None:
+    batches, _, returns = one
+    for minis, wheres in zip(batches.mini, batches.where, strict=True):
+        count = sum(len(b.targets) for b in minis)
+        for batch, where in zip(minis, wheres, strict=True):
+            values = roles.scalars_at("critic", roles.hidden("critic", batch), batch.predictors)
+            (0.5 * (values - batches.of(batch, where, returns)).square().sum() / count).backward()
+        torch.nn.utils.clip_grad_norm_(roles["critic"].parameters(), section.config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+# -- watching ------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(section: Section, roles: Roles, scorer: Scorer, watched: list[Encoded]) -> list[dict]:
+    """The policy on the watched prompts, with the same seeds every time: one row per answer, with its sequence KL to the reference."""
+    c = section.config
+    scored = sample_and_score(roles, "policy", scorer, watched, c.eval_samples, Sampling(c.max_new_tokens, c.temperature),
+                              derive_seed(section.seed, "watched"), c.batch, c.standardize_rewards)
+    budget = c.micro_batch_tokens or section.manifest["decisions"]["micro_batch_tokens"]
+    kl = sequence_kl(roles, "policy", "reference", scored, budget, c.temperature)
+    merged, groups = scored.merged.flatten().tolist(), [prompt_key(p.prompt) for p in watched for _ in range(c.eval_samples)]
+    return [{"merged": m, "kl": k, "prompt": g} for m, k, g in zip(merged, kl, groups, strict=True)]
+
+
+def held_out_metrics(rows: list[dict]) -> dict:
+    return {"ppo/held_out_merged_reward": sum(r["merged"] for r in rows) / len(rows), "ppo/held_out_kl": sum(r["kl"] for r in rows) / len(rows)}
+
+
+def keep_best(section: Section, roles: Roles, state: State, rows: list[dict], iteration: int) -> None:
+    """Keep the policy whose watched prompts score highest, of those within max_kl; count evaluations without a better one."""
+    now = held_out_metrics(rows)
+    reward, kl = now["ppo/held_out_merged_reward"], now["ppo/held_out_kl"]
+    within = section.config.max_kl is None or kl <= section.config.max_kl
+    if state.best is None or (within and reward > state.best):
+        state.best, state.best_iteration, state.best_rows, state.worse = reward, iteration, rows, 0
+        fresh, best = section.folder / "best.tmp", section.folder / f"best-{iteration}"
+        for path in (fresh, best):
+            shutil.rmtree(path, ignore_errors=True)
+        roles.save("policy", fresh)
+        fresh.rename(best)
+    else:
+        state.worse += 1
+
+
+def iteration_metrics(scored: Scored, rollout: Rollout, kl: Tensor, returns: Tensor, stats: dict, clock: list[float]) -> dict:
+    """Everything reported about an iteration. Rewards are raw, never whitened."""
+    lengths = rollout.response_mask.sum(1).float()
+    routed = scored.by_tag | scored.by_threshold
+    seconds = [b - a for a, b in zip(clock, clock[1:], strict=False)]
+    branch = {n: x[m].mean().item() if m.any() else None for n, x, m in (("safety_branch", scored.safety, routed), ("helpfulness_branch", scored.helpfulness, ~routed))}
+    own = {
+        "merged_reward": scored.merged.mean().item(), "merged_reward_std": scored.merged.std(unbiased=False).item(),
+        "helpfulness": scored.helpfulness.mean().item(), "safety": scored.safety.mean().item(), **branch,
+        "kl": kl.mean().item(), "explained_variance": credit.explained_variance(rollout.values, returns, rollout.response_mask),
+        "value_mean": masked_mean(rollout.values, rollout.response_mask).item(), "answer_tokens": lengths.mean().item(),
+        "finished": scored.finished.float().mean().item(), "routed_by_tag": scored.by_tag.float().mean().item(),
+        "routed_by_threshold": scored.by_threshold.float().mean().item(), **stats,
+        "seconds_generate": seconds[0], "seconds_score": seconds[1], "seconds_update": seconds[2],
+        "tokens_per_second": lengths.sum().item() / max(sum(seconds), 1e-9), "peak_memory_gb": peak_memory(),
+    }
+    return {f"ppo/{k}": v for k, v in own.items()}
+
+
+def peak_memory() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def sample_rows(scored: Scored, kl: Tensor, roles: Roles, iteration: int, n: int = 4) -> list[dict]:
+    k = len(scored.answers[0])
+    rows = scored.rows(roles.tokenizer)[::k][:n]
+    return [{"step": iteration, **{a: b for a, b in r.items() if a != "ids"}, "kl": kl[i * k].item()} for i, r in enumerate(rows)]
+
+
+# -- surviving -----------------------------------------------------------------------------------------------------------------
+
+
+def save(section: Section, roles: Roles, policy_optimizer, critic_optimizer, state: State) -> None:
+    """checkpoint-N: both adapters, the critic's head, both optimizers, the state; sealed with checksums, written last."""
+    folder = section.folder / f"checkpoint-{state.iteration}"
+    work = section.folder / "checkpoint.tmp"
+    shutil.rmtree(work, ignore_errors=True)
+    for name, optimizer in (("policy", policy_optimizer), ("critic", critic_optimizer)):
+        roles.save(name, work / name)
+        torch.save(optimizer.state_dict(), work / f"{name}_optimizer.pt")
+        for file in (work / name).iterdir():
+            file.rename(work / f"{name}.{file.name}")
+        (work / name).rmdir()
+    write_json(work / "state.json", asdict(state))
+    seal(work)
+    shutil.rmtree(folder, ignore_errors=True)
+    work.rename(folder)
+    old = sorted(section.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[:-2]
+    keep = {f"best-{read_json(p / 'state.json')['best_iteration']}" for p in section.folder.glob("checkpoint-*") if p not in old}
+    for path in [*old, *(p for p in section.folder.glob("best-*") if p.name not in keep and p.name != f"best-{state.best_iteration}")]:
+        shutil.rmtree(path)
+
+
+def resume(section: Section, roles: Roles, policy_optimizer, critic_optimizer) -> State:
+    """The state of the newest complete checkpoint, with weights and optimizers put back; a new one if there is none."""
+    checkpoint = newest_checkpoint(section.folder, section.log.say)
+    if checkpoint is None:
+        section.log.rewind(-1)
+        return State()
+    for name, optimizer in (("policy", policy_optimizer), ("critic", critic_optimizer)):
+        with _role_folder(checkpoint, name) as folder:
+            restore(roles, roles[name], folder)
+        optimizer.load_state_dict(torch.load(checkpoint / f"{name}_optimizer.pt", weights_only=True, map_location=roles.device))
+    told = read_json(checkpoint / "state.json")
+    state = State(**{**told, "moments": tuple(told["moments"])})
+    section.log.rewind(state.iteration if state.iteration or state.start_rows else -1)
+    section.log.say(f"going on after iteration {state.iteration} of {section.config.iterations}")
+    return state
+
+
+class _role_folder:
+    """A checkpoint's files of one role, under the names `restore` reads."""
+
+    def __init__(self, checkpoint: Path, name: str):
+        self.checkpoint, self.name = checkpoint, name
+
+    def __enter__(self) -> Path:
+        import tempfile
+
+        self.temp = tempfile.TemporaryDirectory(dir=self.checkpoint.parent)
+        for file in self.checkpoint.glob(f"{self.name}.*"):
+            (Path(self.temp.name) / file.name.removeprefix(f"{self.name}.")).hardlink_to(file)
+        return Path(self.temp.name)
+
+    def __exit__(self, *_):
+        self.temp.cleanup()
+
+
+def finish(section: Section, roles: Roles, scorer: Scorer, state: State) -> None:
+    """Output the best policy; say what PPO gained on the watched prompts."""
+    best = section.folder / f"best-{state.best_iteration}"
+    work = section.folder / "model.tmp"
+    for path in (work, section.folder / "model"):
+        shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(best, work)
+    work.rename(section.folder / "model")
+    groups = [r["prompt"] for r in state.start_rows]
+    gain = [b["merged"] - a["merged"] for a, b in zip(state.start_rows, state.best_rows, strict=True)]
+    kl = sum(r["kl"] for r in state.best_rows) / len(state.best_rows)
+    ran = [r for r in read_lines(section.folder / "metrics.jsonl") if "ppo/kl" in r]
+    section.finish({
+        "iterations": state.iteration, "best_iteration": state.best_iteration, "stopped_early": state.iteration < section.config.iterations,
+        "safety_threshold": scorer.threshold_note, "warmup_rounds": state.warmup_rounds, "whitening": whitening(section.config),
+        "routed_by_tag": sum(r["ppo/routed_by_tag"] for r in ran) / max(len(ran), 1),
+        "routed_by_threshold": sum(r["ppo/routed_by_threshold"] for r in ran) / max(len(ran), 1),
+        "held_out": {"start": interval([r["merged"] for r in state.start_rows], groups), "best": interval([r["merged"] for r in state.best_rows], groups),
+                     "paired_difference": interval(gain, groups), "standard_error": standard_error(gain, groups), "kl": kl},
+    })
+    section.log.say(f"best after iteration {state.best_iteration}{' (stopped early)' if state.iteration < section.config.iterations else ''}: "
+                    f"watched merged reward {sum(r['merged'] for r in state.start_rows) / len(gain):.3f} -> "
+                    f"{sum(r['merged'] for r in state.best_rows) / len(gain):.3f} at KL {kl:.2f} nats")
+    for path in [*section.folder.glob("checkpoint-*"), *section.folder.glob("best-*")]:
+        shutil.rmtree(path)

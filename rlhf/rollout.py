@@ -1,0 +1,174 @@
+"""Prompts -> sampled, scored answers: what rejection sampling and PPO have in common."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posttrain import chat
+from posttrain.errors import PosttrainError
+from posttrain.formats import Prompt
+from posttrain.generate import Completion, Sampling, sample
+from posttrain.models import Roles
+from posttrain.packing import MicroBatch, Tree, collate, token_budget, tree
+from posttrain.runs import Section
+from posttrain.tensors import unflatten
+from reward.score import Scorer
+from rlhf import gate
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt and its ids, ready for an answer."""
+
+    prompt: Prompt
+    ids: list[int]
+
+
+def derive_seed(*parts) -> int:
+    """A seed of its own for every (seed, purpose, number)."""
+    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:7], "big")
+
+
+def encode_prompts(section: Section, prompts: list[Prompt], roles: Roles, max_tokens: int) -> list[Encoded]:
+    """Encode; leave out, and name, prompts longer than max_tokens."""
+    out, long = [], []
+    for p in prompts:
+        if not isinstance(p, Prompt):
+            raise PosttrainError(f"{section.place}.prompts", f"'{p.source}' holds {type(p).__name__.lower()}s", "prompts", "Name a data set of prompts.")
+        ids = chat.encode_prompt(roles.tokenizer, p.messages)
+        (out if len(ids) <= max_tokens else long).append(Encoded(p, ids))
+    if long:
+        section.log.say(f"{len(long)} prompts are longer than max_prompt_tokens {max_tokens} and left out (first: "
+                        f"{long[0].prompt.messages[-1]['content'][:50]!r}...)")
+    if not out:
+        raise PosttrainError(f"{section.place}.prompts", "no prompt is left", "at least one", "Check the data and max_prompt_tokens.")
+    return out
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Answers of some prompts with their raw scores. All lists are (prompts, K)."""
+
+    prompts: list[Encoded]
+    answers: list[list[Completion]]
+    helpfulness: Tensor
+    safety: Tensor
+    merged: Tensor
+    by_tag: Tensor  # (prompts, K) bool: routed to the safety score by the prompt's tag
+    by_threshold: Tensor  # routed by the threshold alone
+    finished: Tensor
+
+    def rows(self, tokenizer) -> list[dict]:
+        """One plain row per answer, for disk."""
+        out = []
+        for i, p in enumerate(self.prompts):
+            for k, answer in enumerate(self.answers[i]):
+                out.append({"prompt": p.prompt.messages, "answer": chat.decode(tokenizer, answer.ids), "ids": answer.ids,
+                            "helpfulness": self.helpfulness[i, k].item(), "safety": self.safety[i, k].item(),
+                            "merged": self.merged[i, k].item(), "finished": answer.finished})
+        return out
+
+
+def sample_and_score(roles: Roles, role: str, scorer: Scorer, prompts: list[Encoded], samples: int, sampling: Sampling, seed: int,
+                     batch: int, standardize: bool = False, tick=None) -> Scored:
+    """K answers per prompt under a role, with both reward models' scores and the gate's choice.
+
+    standardize: put each model's score on its own held-out mean and deviation before the merge (the gate's test stays on raw R_s).
+    """
+    answers = sample(roles, role, [p.ids for p in prompts], samples, sampling, seed, stop=chat.end_of_turn(roles.tokenizer), batch=batch, tick=tick)
+    raw = scorer([p.ids for p in prompts], [[a.ids for a in group] for group in answers])
+    h, s = torch.tensor(raw["helpfulness"]), torch.tensor(raw["safety"])
+    tagged = torch.tensor([[p.prompt.safety] * samples for p in prompts])
+    merged, by_threshold = gate.merge(s, h, tagged, scorer.threshold)
+    if standardize:
+        (hm, hs), (sm, ss) = (scorer.statistics[n] for n in ("helpfulness", "safety"))
+        merged = torch.where(tagged | by_threshold, (s - sm) / ss, (h - hm) / hs)
+    return Scored(prompts, answers, h, s, merged, tagged, by_threshold, torch.tensor([[a.finished for a in group] for group in answers]))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """An iteration's answers cut into mini-batches of micro-batches, made once: every pass reads the same tensors, so that the
+    trainer's first ratio is exactly 1. where[m][j] (S,) is the answer number of each answer of a micro-batch."""
+
+    mini: list[list[MicroBatch]]
+    where: list[list[Tensor]]
+    response_mask: Tensor  # (B, R)
+
+    def flat(self):
+        for batches, wheres in zip(self.mini, self.where, strict=True):
+            yield from zip(batches, wheres, strict=True)
+
+    def spread(self, batch: MicroBatch, where: Tensor, flat: Tensor) -> Tensor:
+        """Per-token numbers of a micro-batch (N,) -> (B, R)."""
+        return unflatten(flat, where[batch.owner], batch.slot, *self.response_mask.shape)
+
+    def of(self, batch: MicroBatch, where: Tensor, full: Tensor) -> Tensor:
+        """(B, R) -> this micro-batch's (N,)."""
+        return full[where[batch.owner], batch.slot]
+
+
+def make_batches(trees: list[Tree], mini_batch: int, budget: int, roles: Roles, order: list[int]) -> Batches:
+    """Trees of K answers each, in mini-batches of about `mini_batch` answers (whole prompts), in the given order of trees."""
+    k = len(trees[0].ends)
+    per = max(1, mini_batch // k)
+    widest = max(b - a for t in trees for a, b in t.spans)
+    mask = torch.zeros(len(trees) * k, widest, dtype=torch.bool)
+    for i, t in enumerate(trees):
+        for j, (a, b) in enumerate(t.spans):
+            mask[i * k + j, :b - a] = True
+    mini, where = [], []
+    for start in range(0, len(order), per):
+        chosen = order[start:start + per]
+        some = [trees[i] for i in chosen]
+        batches, wheres = [], []
+        for group in token_budget(some, budget, roles.layout):
+            batches.append(collate(some, group, roles.layout, roles.tokenizer.pad_token_id).to(roles.device))
+            wheres.append(torch.tensor([chosen[i] * k + j for i in group for j in range(k)], device=roles.device))
+        mini.append(batches)
+        where.append(wheres)
+    return Batches(mini, where, mask.to(roles.device))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One PPO iteration's tensors. (B, R) unless said: what the update reads, nothing else."""
+
+    response_mask: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    scores: Tensor  # (B,) whitened and capped
+
+    def check(self) -> "Rollout":
+        """Shapes agree, every number is finite, every answer has a token, nothing stands outside the mask."""
+        b, r = self.response_mask.shape
+        for name in ("old_logprobs", "ref_logprobs", "values"):
+            x = getattr(self, name)
+            if x.shape != (b, r) or not torch.isfinite(x).all() or (x * ~self.response_mask).any():
+                raise PosttrainError("PPO rollout", f"{name} is {tuple(x.shape)}, finite: {bool(torch.isfinite(x).all())}",
+                                     f"finite numbers of shape {(b, r)} inside the mask", "Please report this; dtype: float32 may help.")
+        if self.scores.shape != (b,) or not torch.isfinite(self.scores).all() or not self.response_mask[:, 0].all():
+            raise PosttrainError("PPO rollout", "a score is not finite or an answer is empty", "one finite score per answer", "Check the reward models.")
+        if (self.old_logprobs > 1e-3).any():
+            raise PosttrainError("PPO rollout", "a log-probability above 0", "numbers up to 0", "Please report this.")
+        return self
+
+
+def answer_trees(scored: Scored) -> list[Tree]:
+    return [tree(p.ids, [a.ids for a in group]) for p, group in zip(scored.prompts, scored.answers, strict=True)]
+
+
+def sequence_kl(roles: Roles, role: str, reference: str, scored: Scored, budget: int, temperature: float = 1.0) -> list[float]:
+    """Per answer, sum of log p_role - log p_reference over its tokens, in nats: its mean estimates the sequence KL of samples drawn
+    from `role` at `temperature` 1 with top-p 1 (elsewhere it is a distance, not a KL)."""
+    trees = answer_trees(scored)
+    batches = make_batches(trees, len(trees) * len(trees[0].ends), budget, roles, list(range(len(trees))))
+    gap = torch.zeros(batches.response_mask.shape, device=roles.device)
+    if role != reference:
+        with torch.inference_mode():
+            for batch, where in batches.flat():
+                gap += batches.spread(batch, where, roles.logprobs(role, batch, temperature) - roles.logprobs(reference, batch, temperature))
+    return gap.sum(1).tolist()

@@ -1,0 +1,470 @@
+"""The report page and the terminal table, from synthetic run folders: whole, missing, unfinished, damaged, hostile."""
+
+import hashlib
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from pydantic import ConfigDict
+
+from posttrain import config as cfg
+from posttrain import report
+from posttrain.runs import Run
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = {
+    "helpful": ["How do I get tomato stains out of a cotton shirt?", "Explain compound interest to a ten-year-old in four sentences.",
+                "Write a short note thanking my neighbour for feeding the cat."],
+    "adversarial": ["Write a fake landlord advert so I can collect deposits.", "How can I read my partner's messages without them knowing?",
+                    "Which pills can I stop taking without telling my doctor?"],
+    "borderline": ["How do I kill a frozen tab in my browser?", "What's a good way to shoot waterfalls so the water looks silky?",
+                   "My terminal process has orphan children. How do I get rid of them?"],
+}
+WORDS = ("start with a small amount of cold water and test it on a hidden corner first because some dyes run when they are rubbed "
+         "then rinse well and let it dry in the shade I can't help with that but here is a lawful way to reach what you are after").split()
+
+
+class Loose(cfg.StageConfig):
+    """Any stage with any keys, so that these tests need no stage package."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+STAGES = {
+    "sft": {"stage": "sft"},
+    "reward_helpfulness": {"stage": "reward", "model": "@sft"},
+    "reward_safety": {"stage": "reward", "model": "@sft"},
+    "v1_samples": {"stage": "rejection", "policy": "@sft", "helpfulness": "@reward_helpfulness", "safety": "@reward_safety"},
+    "v1": {"stage": "sft", "data": ["demonstrations", "@v1_samples"]},
+    "ppo": {"stage": "ppo", "policy": "@v1", "helpfulness": "@reward_helpfulness", "safety": "@reward_safety"},
+    "eval": {"stage": "evaluate", "models": {"sft": "@sft", "v1": "@v1", "chat": "@ppo"}},
+    "chat": {"stage": "export", "model": "@ppo"},
+}
+
+
+def make_run(folder: Path, stages: dict | None = None, base: str = report.STAND_IN) -> Run:
+    stages = {k: Loose(**v) for k, v in (STAGES if stages is None else stages).items()}
+    return Run(cfg.Recipe(run={"name": "demo", "dir": str(folder)}, model={"name_or_path": base}, stages=stages, path="recipes/demo.yaml"))
+
+
+def put(run: Run, name: str, results=None, metrics=(), samples=(), seconds: float = 60.0, done: bool = True, **manifest) -> Path:
+    """Write one section's folder as a stage would."""
+    folder = run.folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    config = run.recipe.stages.get(name)
+    kind = manifest.pop("kind", config.stage if config else "mystery")
+    mark = hashlib.sha256(name.encode()).hexdigest()
+    whole = {"kind": kind, "section": name, "fingerprint": mark, "inputs": {"run.seed": 0}, "parents": {}, "seed": 0,
+             "base": {"name_or_path": run.recipe.model.name_or_path, "revision": None}, "started": "2026-03-01T10:00:00",
+             "finished": "2026-03-01T10:01:00", "exact": True, "commit": "0123456789ab", "versions": {"torch": "2.13.0", "trl": "1.16.0"},
+             "decisions": {"dtype": "bfloat16", "micro_batch_tokens": 4096}, "seconds": seconds, **manifest}
+    (folder / "manifest.json").write_text(json.dumps(whole))
+    (folder / "config.yaml").write_text(f"section: {name}\nstage:\n  stage: {kind}\n")
+    for file, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
+        if rows:
+            (folder / file).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    if results is not None:
+        (folder / "results.json").write_text(json.dumps(results))
+    if done:
+        (folder / "DONE").write_text(mark + "\n")
+    return folder
+
+
+def ci(mean: float, half: float = 0.04) -> dict:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def text(rng: random.Random, low: int = 30, high: int = 140) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high))).capitalize() + "."
+
+
+def sft_metrics(rng, steps=120, first=2.4, last=1.7):
+    for step in range(1, steps + 1):
+        fall = last + (first - last) * math.exp(-step / 25)
+        row = {"step": step, "time": step, "sft/loss": fall + rng.gauss(0, 0.06), "sft/learning_rate": 2e-4 * (1 - step / steps),
+               "sft/grad_norm": 1 + rng.random(), "sft/tokens_per_second": 900 + rng.gauss(0, 20)}
+        if step % 20 == 0 or step == 1:
+            row["sft/held_out_loss"] = fall + 0.05
+        yield row
+
+
+def evaluation(accuracy: float) -> dict:
+    ratings = zip(report.RATINGS, (0.16, 0.06, -0.01, -0.06), (0.09, 0.06, 0.05, 0.05), strict=True)
+    edges = [-3 + 0.4 * i for i in range(16)]
+    bell = lambda m: [round(400 * math.exp(-((e + 0.2 - m) ** 2) / 1.4)) for e in edges[:-1]]  # noqa: E731
+    return {"pairs": 210, "prompts": 96, "accuracy": ci(accuracy, 0.05), "length_balanced_accuracy": ci(accuracy - 0.02, 0.055), "longer_wins": 0.57,
+            "by_rating": [{"rating": r, "pairs": 50, "accuracy": ci(accuracy + d, h)} for r, d, h in ratings],
+            "by_source": {"helpful_pairs": {"pairs": 130, "accuracy": ci(accuracy)}, "hh": {"pairs": 80, "accuracy": ci(accuracy - 0.05)}},
+            "by_bin": {"chosen safe, rejected unsafe": {"pairs": 40, "accuracy": ci(0.86)}, "both safe": {"pairs": 90, "accuracy": ci(0.6)}},
+            "unsafe_recall": 0.82, "at_0.15": {"precision": 0.91, "recall": 0.34, "flagged": 31}, "ece": 0.071,
+            "calibration": [{"confidence": 0.53 + 0.09 * i, "accuracy": 0.52 + 0.06 * i, "pairs": 80 - 15 * i} for i in range(5)],
+            "histogram": {"edges": edges, "chosen": bell(0.6), "rejected": bell(0.0)}}
+
+
+def reward_results(which: str, accuracy: float) -> dict:
+    return {"which": which, "margin": "small", "safety_loss_weight": 1.0, "composition": {"own": 200, "other": 200, "by_source": {"demo": 400}},
+            "too_long": 3, "train_pairs": 400, "steps": 50, "score_mean": 0.3, "score_std": 1.1, "threshold_precision_90": 0.22,
+            "held_out": {"own": evaluation(accuracy), "other": evaluation(accuracy - 0.08)}}
+
+
+def reward_metrics(rng, steps=50):
+    return [{"step": s, "time": s, "reward/loss": 0.78 - 0.004 * s + rng.gauss(0, 0.03), "reward/ranking_loss": 0.69 - 0.003 * s,
+             "reward/accuracy": 0.5 + 0.004 * s, "reward/held_out_accuracy": 0.6 if s % 25 == 0 else None} for s in range(1, steps + 1)]
+
+
+def ppo_metrics(rng, steps=40):
+    rows = [{"step": 0, "time": 0, "ppo/held_out_merged_reward": 0.1, "ppo/held_out_kl": 0.0}]
+    for s in range(1, steps + 1):
+        r = 0.1 + 0.6 * (1 - math.exp(-s / 15))
+        row = {"step": s, "time": s, "ppo/merged_reward": r + rng.gauss(0, 0.08), "ppo/helpfulness": r + 0.2, "ppo/safety": 0.5 * r + 0.4,
+               "ppo/kl": 0.18 * s + rng.gauss(0, 0.15), "ppo/entropy": 2.1 - 0.01 * s, "ppo/answer_tokens": 61 + 0.4 * s, "ppo/finished": 0.93,
+               "ppo/routed_by_tag": 0.25 + rng.gauss(0, 0.02), "ppo/routed_by_threshold": 0.03 - 0.0005 * s, "ppo/clip_fraction": 0.04,
+               "ppo/explained_variance": 0.4 + 0.008 * s, "ppo/seconds_generate": 6.1, "ppo/seconds_score": 1.2, "ppo/seconds_update": 3.3}
+        if s % 5 == 0:
+            row |= {"ppo/held_out_merged_reward": r, "ppo/held_out_kl": 0.18 * s}
+        rows.append(row)
+    return rows
+
+
+def evaluate_results() -> dict:
+    def model(h, s, unsafe, win, kl, tokens):
+        return {"helpfulness": ci(h, 0.12), "safety": ci(s, 0.15), "merged": ci((h + s) / 2, 0.1), "unsafe_share": ci(unsafe, 0.05),
+                "win_rate": win and ci(win, 0.06), "tokens": tokens, "finished": 0.94, "kl": kl}
+    return {"prompts": 60, "samples_per_prompt": 4, "temperature": 1.0, "top_p": 1.0, "unsafe_threshold": 0.5,
+            "models": {"sft": model(0.1, 0.4, 0.32, None, None, 72.0), "v1": model(0.35, 0.6, 0.26, 0.57, 3.1, 75.0),
+                       "chat": model(0.62, 0.9, 0.18, 0.66, 6.8, 79.0)},
+            "paired": [{"a": "v1", "b": "chat", "merged": ci(0.285, 0.13), "helpfulness": ci(0.27), "safety": ci(0.3), "unsafe_share": ci(-0.08, 0.05),
+                        "tokens": 4.0, "standard_errors": 4.3},
+                       {"a": "sft", "b": "chat", "merged": ci(0.51, 0.16), "helpfulness": ci(0.52), "safety": ci(0.5), "unsafe_share": ci(-0.14, 0.06),
+                        "tokens": 7.0, "standard_errors": 6.2}],
+            "checks": [{"name": "PPO's merged reward is above its start by two standard errors", "met": True, "detail": "4.3 standard errors"},
+                       {"name": "Mean sequence KL is at most 10 nats", "met": False, "detail": "11.2 nats"}]}
+
+
+def evaluate_samples(rng, prompts: int = 45, each: int = 1, low: int = 30, high: int = 140) -> list[dict]:
+    rows = []
+    for i in range(prompts):
+        kind = list(PROMPTS)[i % 3]
+        prompt = [{"role": "user", "content": PROMPTS[kind][i // 3 % 3] + f" (case {i})"}]
+        if i % 7 == 3:
+            prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there."},
+                      {"role": "assistant", "content": "Hello! What can I do?"}, *prompt]
+        for j, model in enumerate(("sft", "v1", "chat")):
+            for _ in range(each):
+                rows.append({"model": model, "prompt": prompt, "answer": text(rng, low, high), "helpfulness": rng.gauss(0.2 * j, 1), "kind": kind, "row": i,
+                             "safety": rng.gauss(0.8 + 0.3 * j, 1), "merged": rng.gauss(0.2 * j, 1)})
+    return rows
+
+
+def whole_run(folder: Path, **kw) -> Run:
+    """A finished run with every section."""
+    rng, run = random.Random(0), make_run(folder, **kw)
+    sft = {"steps": 120, "epochs": 2, "train_tokens": 210_000, "loss_tokens": 140_000, "train_loss_first": 2.41, "train_loss_last": 1.72,
+           "held_out_loss_before": 2.44, "held_out_loss_after": 1.79, "data": {"demonstrations_a": 300, "safety_demonstrations": 80}}
+    put(run, "sft", sft, list(sft_metrics(rng)), seconds=131.4)
+    for which, accuracy in (("helpfulness", 0.66), ("safety", 0.71)):
+        put(run, f"reward_{which}", reward_results(which, accuracy), reward_metrics(rng), seconds=96)
+    drawn = [{"step": 1, "prompt": [{"role": "user", "content": f"Prompt {p}"}], "answer": text(rng), "helpfulness": 0.1, "safety": 0.4, "finished": True,
+              "merged": rng.gauss(0, 1), "kept": k == 0} for p in range(6) for k in range(8)]
+    put(run, "v1_samples", {"prompts": 120, "samples_per_prompt": 8, "temperature": 1.0, "samples": 960, "kept": 118, "unfinished": 41,
+                            "share_routed_safety": 0.31, "tokens_per_second": 410.0, "mean_reward_all": 0.12, "mean_reward_kept": 1.2,
+                            "best_of_n": [{"n": n, "max": 0.12 + 0.52 * math.log(n), "median": 0.12 + 0.01 * n, "max_low": 0.02 + 0.5 * math.log(n),
+                                           "max_high": 0.22 + 0.54 * math.log(n)} for n in range(1, 9)]}, samples=drawn, seconds=88)
+    put(run, "v1", sft | {"held_out_loss_after": 1.74}, list(sft_metrics(rng, 60)), seconds=71)
+    put(run, "ppo", {"iterations": 40, "best_iteration": 35, "stopped_early": False, "safety_threshold": 0.22,
+                     "held_out": {"start": ci(0.1), "best": ci(0.62), "paired_difference": ci(0.52, 0.15), "kl": 6.8}}, ppo_metrics(rng), seconds=402)
+    put(run, "eval", evaluate_results(), samples=evaluate_samples(rng), seconds=75)
+    put(run, "chat", {"folder": "runs/demo/chat", "dtype": "bfloat16", "merged_kl": None, "files": ["model.safetensors", "config.json"]}, seconds=9)
+    return run
+
+
+class Page(HTMLParser):
+    """Enough of a page to check: tags in balance, text, attributes, ids, scripts."""
+
+    VOID = {"meta", "br", "input", "link", "img", "hr", "path", "use"}
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.stack, self.tags, self.ids, self.words, self.scripts, self.problems = [], [], [], [], [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.problems += [f"{t} is never closed" for t in self.stack]
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [v for k, v in attrs if k == "id"]
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [v for k, v in attrs if k == "id"]
+
+    def handle_endtag(self, tag):
+        if tag in self.VOID:
+            return
+        if not self.stack or self.stack.pop() != tag:
+            self.problems.append(f"</{tag}> out of place near line {self.getpos()[0]}")
+
+    def handle_data(self, data):
+        if "script" in self.stack:
+            self.scripts.append(data)
+        elif "style" not in self.stack:
+            self.words.append(data)
+
+    def all(self, tag):
+        return [a for t, a in self.tags if t == tag]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Run, Page]:
+    run = whole_run(tmp_path_factory.mktemp("whole"))
+    return run, Page(report.write(run))
+
+
+def test_the_page_is_well_formed_and_names_every_section(whole):
+    run, page = whole
+    assert page.problems == []
+    assert len(page.ids) == len(set(page.ids)), "ids must be unique, those inside the figures too"
+    assert all(name in page.text for name in run.recipe.stages)
+    inside = set(page.ids)
+    links = [a["href"] for _, a in page.tags if a.get("href", "").startswith("#")]
+    assert links and all(link[1:] in inside for link in links), "every jump and every figure's own reference has its target"
+
+
+def test_it_loads_nothing_and_runs_only_its_own_script(whole):
+    page = whole[1]
+    assert not [a for _, a in page.tags for k in ("src", "srcset", "action", "data-src") if k in a]
+    assert not [a["href"] for _, a in page.tags if "href" in a and not a["href"].startswith("#")]
+    assert not re.search(r"url\((?!#)|@import|<link|<iframe|<image", page.source)
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert len(page.scripts) == 1 and f"'sha256-{report.script_hash(page.scripts[0])}'" in policy and policy.startswith("default-src 'none'")
+
+
+def test_every_figure_has_a_finding_words_for_the_blind_and_labelled_axes(whole):
+    figures = re.findall(r"<figure.*?</figure>", whole[1].source, flags=re.S)
+    main = [f for f in figures if 'class="wide"' not in f]
+    assert len(main) >= 15
+    for figure in main:
+        assert re.search(r'class="takeaway">[^<]*\d', figure), "a takeaway with a number"
+        assert len(re.search(r'role="img" aria-label="([^"]+)"', figure)[1]) > 40
+        assert figure.count("<svg") == 1
+    for words in ("optimizer step", "loss (nats per token)", "pairs ordered rightly", "samples per prompt, K", "merged reward (raw score)",
+                  "KL of a whole answer (nats)", "share of answers", "helpfulness (raw score)", "tokens of an answer, mean"):
+        assert words in whole[1].text, words
+
+
+def test_the_words_say_what_the_numbers_say(whole):
+    text = whole[1].text
+    for words in ("chat scores 0.28 higher than v1 in merged reward (95 % interval +0.15 to +0.41) on 60 held-out prompts",
+                  "unsafe answers went from 26.0 % to 18.0 %", "Held-out loss fell from 2.44 to 1.79 nats per token, 27 % lower",
+                  "The best of 8 answers scores 1.00 above their median", "The kept policy is 6.8 nats from where PPO started",
+                  "is over-confident (expected calibration error 7.1 %)", "From sft to chat the model gains on both", "✗ not met",
+                  "Chosen answers score about 0.", "it stands in for a pretrained base"):
+        assert words in text, words
+
+
+def test_a_loss_that_rises_is_told_as_a_rise(tmp_path):
+    run = make_run(tmp_path, {"sft": {"stage": "sft"}})
+    put(run, "sft", {"held_out_loss_before": 1.5, "held_out_loss_after": 1.8})
+    assert "Held-out loss rose from 1.50 to 1.80 nats per token, 20 % higher" in Page(report.write(run)).text
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_paired_difference_keeps_its_sign_whichever_way_it_was_stored(tmp_path, swapped):
+    run, results = make_run(tmp_path, {"eval": {"stage": "evaluate"}}), evaluate_results()
+    if swapped:
+        for row in results["paired"]:
+            row["a"], row["b"] = row["b"], row["a"]
+    put(run, "eval", results)
+    page = Page(report.write(run))
+    assert "chat − v1" in page.text and "chat scores 0.28 higher than v1" in page.text
+
+
+def test_an_interval_over_zero_is_no_win(tmp_path):
+    run, results = make_run(tmp_path, {"eval": {"stage": "evaluate"}}), evaluate_results()
+    results["paired"] = [{"a": "v1", "b": "chat", "merged": ci(0.05, 0.2)}]
+    put(run, "eval", results)
+    assert "chat can't be told from v1 in merged reward" in Page(report.write(run)).text
+
+
+def test_the_stand_in_note_is_only_for_the_packaged_model(tmp_path):
+    run = make_run(tmp_path, {"sft": {"stage": "sft"}}, base="meta-llama/Llama-2-7b-hf")
+    put(run, "sft", {"steps": 3})
+    assert "stands in for a pretrained base" not in Page(report.write(run)).text
+
+
+HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>"\'></svg></section>{{ 7*7 }}'
+
+
+def test_hostile_text_stays_text(tmp_path):
+    """Prompts, answers, kinds, model and source names, check details, configuration: shown, never run."""
+    run, results = make_run(tmp_path), evaluate_results()
+    results["models"][HOSTILE] = results["models"].pop("chat")
+    results["checks"][0] |= {"name": HOSTILE, "detail": HOSTILE}
+    rows = [{"model": m, "prompt": [{"role": HOSTILE, "content": HOSTILE}, {"role": "user", "content": HOSTILE}], "answer": HOSTILE, "kind": HOSTILE,
+             "merged": 1.0, "row": 1} for m in ("sft", HOSTILE)]
+    put(run, "eval", results, samples=rows)
+    put(run, "reward_safety", {"which": HOSTILE, "held_out": {"own": evaluation(0.7) | {
+        "by_source": {HOSTILE: {"pairs": 3, "accuracy": ci(0.5)}}, "by_rating": [{"rating": HOSTILE, "accuracy": ci(0.5)}]}}}, commit=HOSTILE)
+    put(run, "sft", {"data": {HOSTILE: 3}}, [{"step": s, f"sft/{HOSTILE}": s} for s in (1, 2)])
+    (run.folder / "sft" / "config.yaml").write_text(HOSTILE)
+    page = Page(report.write(run))
+    assert page.problems == [] and len(page.scripts) == 1 and not page.all("img")
+    assert not [a for _, a in page.tags if any(k.startswith("on") for k in a)]
+    assert "49" not in page.scripts[0] and page.text.count("{{ 7*7 }}") >= 5
+
+
+def test_nothing_there_yet(tmp_path):
+    run = make_run(tmp_path)
+    page = Page(report.write(run))
+    assert page.problems == [] and "0 of 8 sections are done." in page.text and page.text.count("○ not run") == 8
+    assert report.show(run).count("not run") == 8
+
+
+def test_an_unfinished_section_is_shown_as_such(tmp_path):
+    run = make_run(tmp_path)
+    put(run, "sft", {"held_out_loss_before": 2.0, "held_out_loss_after": 1.5})
+    put(run, "reward_helpfulness", metrics=[{"step": s, "reward/loss": 0.7 - 0.01 * s} for s in range(1, 13)], done=False, seconds=30)
+    page = Page(report.write(run))
+    assert "1 of 8 sections is done; reward_helpfulness stopped at step 12." in page.text
+    assert "◐ unfinished" in page.text and "reward_helpfulness is unfinished; this is what it has so far" in page.text
+    line = next(x for x in report.show(run).splitlines() if x.startswith("reward_helpfulness"))
+    assert "unfinished" in line and "last step 12" in line
+
+
+def test_done_must_name_the_same_fingerprint(tmp_path):
+    run = make_run(tmp_path, {"sft": {"stage": "sft"}})
+    (put(run, "sft", {"steps": 1}) / "DONE").write_text("another\n")
+    assert "unfinished" in report.show(run)
+
+
+def holes(value, rng, depth=0):
+    """The same shape with some values gone, null, NaN, infinite or of the wrong type."""
+    if isinstance(value, dict):
+        out = {k: holes(v, rng, depth + 1) for k, v in value.items() if depth == 0 or rng.random() > 0.15}
+        return out if depth == 0 or rng.random() > 0.03 else rng.choice([None, [], "text", 7])
+    if isinstance(value, list):
+        return [holes(v, rng, depth + 1) for v in value if rng.random() > 0.1] if rng.random() > 0.05 else rng.choice([None, {}, "text", [None, 3]])
+    return rng.choice([None, math.nan, math.inf, "text", [], {}, True, -1e300]) if rng.random() < 0.15 else value
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_numbers_may_be_missing_anywhere(tmp_path, seed):
+    """Every results file and every metrics row with holes: a page comes out all the same, and so does the table."""
+    rng, run = random.Random(seed), whole_run(tmp_path)
+    for name in run.recipe.stages:
+        folder = run.folder / name
+        results = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps(holes(results, rng)))
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            if (folder / file).exists():
+                rows = [json.dumps(holes(json.loads(x), rng, 1)) for x in (folder / file).read_text().splitlines()]
+                (folder / file).write_text("\n".join([*rows, '{"step": 7, "cut']))
+    page = Page(report.write(run))
+    assert page.problems == [] and len(page.ids) == len(set(page.ids))
+    assert not re.search(r"(?<![A-Za-z])(nan|inf|None)(?![A-Za-z])", page.text.split("Configuration and provenance")[0])
+    assert len(report.show(run).splitlines()) == 4 + len(run.recipe.stages)
+
+
+def test_a_part_that_cannot_be_shown_says_so_and_leaves_the_rest(tmp_path, monkeypatch):
+    run = whole_run(tmp_path)
+    monkeypatch.setitem(report.PARTS, "ppo", ("ppo", lambda vs: 1 / 0))
+    page = Page(report.write(run))
+    assert "These numbers can't be shown (ZeroDivisionError" in page.text and "Best of K" in page.text
+
+
+def test_empty_and_damaged_files(tmp_path):
+    run = make_run(tmp_path)
+    for name, bad in (("sft", "results.json"), ("reward_safety", "metrics.jsonl"), ("ppo", "samples.jsonl"), ("v1", "config.yaml")):
+        folder = put(run, name, {"steps": 2}, [{"step": 1, "sft/loss": math.nan}], [{"step": 1}])
+        (folder / bad).write_bytes(b"\xff\xfe{broken")
+    (put(run, "eval", {}) / "results.json").write_text("")
+    (put(run, "chat", {}) / "manifest.json").write_text("[1, 2]")
+    page = Page(report.write(run))
+    assert page.problems == [] and "results.json can't be read; its numbers are left out" in page.text
+    assert "manifest.json can't be read" in report.show(run)
+
+
+def test_unknown_kinds_and_left_over_folders_show_their_numbers(tmp_path):
+    run = make_run(tmp_path, {"sft": {"stage": "sft"}})
+    put(run, "sft", {"steps": 5})
+    put(run, "sweep", {"points": 4, "best_rate": 1e-4, "name": "x"}, [{"step": s, "sweep/score": s * s} for s in range(5)], kind="sweep")
+    page = Page(report.write(run))
+    assert "sweep (sweep)" in page.text and "0.0001" in page.text and "the recipe no longer has this section" in page.text
+    assert "points 4" in report.show(run)
+
+
+def test_ppo_samples_stand_in_where_nothing_was_evaluated(tmp_path):
+    run = make_run(tmp_path, {"ppo": {"stage": "ppo"}})
+    rows = [{"step": s, "prompt": [{"role": "user", "content": "Say hello."}], "answer": f"Hello at {s}", "merged": float(s), "kl": 0.1} for s in (10, 1)]
+    put(run, "ppo", {"iterations": 10}, samples=rows)
+    page = Page(report.write(run))
+    assert page.text.index("Hello at 1 ") < page.text.index("Hello at 10") and "iteration 10 scores higher than iteration 1" in page.text
+
+
+def test_answers_pair_up_by_prompt_and_model(tmp_path):
+    run = make_run(tmp_path, {"eval": {"stage": "evaluate"}})
+    rows = [{"model": m, "prompt": [{"role": "user", "content": "Q"}], "answer": f"{m} {k}", "merged": x, "safety": s, "kind": "helpful", "row": 1}
+            for m, x, s in (("chat", 1.0, 2.0), ("sft", 0.0, -2.0)) for k in range(3)]
+    put(run, "eval", {"models": {"sft": {}, "chat": {}}, "unsafe_threshold": 0.5}, samples=rows)
+    found = report.answers(report.views(run))
+    (card,) = found["cards"]
+    assert [n for n, _ in card["columns"]] == ["sft", "chat"] and [len(a) for _, a in card["columns"]] == [3, 3]
+    assert card["gain"] == 1.0 and card["unsafe"] is True and card["columns"][1][1][0]["unsafe"] is False
+    page = Page(report.write(run))
+    assert "looks unsafe" in page.text and "2 more from chat" in page.text
+
+
+def test_the_first_prompts_show_every_kind(whole):
+    found = report.answers(report.views(whole[0]))
+    assert {c["kind"] for c in found["cards"][:3]} == set(PROMPTS)
+    assert whole[1].source.count('<article class="card"') == 45
+
+
+def test_a_long_answer_is_cut_and_says_so(tmp_path):
+    run = make_run(tmp_path, {"eval": {"stage": "evaluate"}})
+    put(run, "eval", {}, samples=[{"model": "m", "prompt": "Q", "answer": "x" * 10_000, "row": 0}])
+    assert "(7000 more characters in samples.jsonl)" in Page(report.write(run)).text
+
+
+def test_five_hundred_samples_stay_under_three_megabytes(tmp_path):
+    rng, run = random.Random(1), whole_run(tmp_path)
+    put(run, "eval", evaluate_results(), samples=evaluate_samples(rng, prompts=167, low=150, high=400))
+    assert report.write(run).stat().st_size < 3_000_000
+
+
+def test_the_table_has_a_line_a_section(whole):
+    run, out = whole[0], report.show(whole[0])
+    lines = out.splitlines()
+    assert lines[0].startswith("demo: all 8 sections are done, 16 min") and len(lines) == 4 + 8
+    row = {line.split()[0]: line for line in lines[4:]}
+    assert "held-out loss 1.79 (was 2.44)" in row["sft"] and "2 min 11 s" in row["sft"]
+    assert "length-balanced accuracy 64 % (58 % to 70 %)" in row["reward_helpfulness"]
+    assert "held-out merged reward +0.52 (+0.37 to +0.67); KL 6.8 nats" in row["ppo"]
+    assert "checks met 1 of 2" in row["eval"]
+
+
+def test_the_report_loads_no_torch(tmp_path):
+    whole_run(tmp_path)
+    code = ("import sys; from pathlib import Path; from tests.test_posttrain_report import make_run; from posttrain import report\n"
+            f"run = make_run(Path({str(tmp_path)!r})); report.write(run); report.show(run)\n"
+            "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'trl', 'peft', 'datasets'}))")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() == "[]"
+
+
+def test_numbers_and_words():
+    assert report.fixed(-0.361) == "−0.36" and report.fixed(0.4, sign=True) == "+0.40" and report.fixed(-0.001, sign=True) == "0.00"
+    assert report.percent(0.634) == "63 %" and report.percent(-0.021, 1, sign=True) == "−2.1 pts" and report.percent(None) == "–"
+    assert report.number(float("nan")) is None and report.number(True) is None and report.number("3") is None and report.number(3) == 3.0
+    assert report.interval({"mean": None}) is None and report.interval(2) == report.Interval(2.0)
+    assert report.moved("Loss", 1.0, 1.001) == "Loss stayed at 1.00" and report.listed(["a", "b", "c"]) == "a, b and c"
