@@ -4,12 +4,16 @@ An answer's ids are the same wherever it goes (fine-tuning, reward training, sco
 add_generation_prompt, the answer, the token that ends the turn, nothing after.
 """
 
+import re
 from functools import lru_cache
 from pathlib import Path
+
+from jinja2 import TemplateError
 
 from posttrain.errors import PosttrainError
 
 TEMPLATES = Path(__file__).parent / "templates"
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def template_names() -> list[str]:
@@ -54,26 +58,49 @@ def prepare(tokenizer, template: str | None, place: str, add_tokens: bool = Fals
     if not tokenizer.chat_template:
         raise PosttrainError(place, "the tokenizer has no chat template", "a template",
                              f"Set model.chat_template to one of {', '.join(template_names())}.")
+    _space_after_special(tokenizer)
     end = end_of_turn(tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in (end, tokenizer.eos_token_id):
         tokenizer.pad_token = _spare_token(tokenizer, end, place)
     return added
 
 
+def _space_after_special(tokenizer) -> None:
+    """Meta encodes every turn of the Llama 2 format by itself, so sentencepiece puts its space before each [INST]; transformers'
+    LlamaTokenizer does so after a special token only with `legacy`, which is set here and saved with the tokenizer."""
+    metaspace = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+    if "<<SYS>>" in tokenizer.chat_template and type(metaspace).__name__ == "Metaspace" and metaspace.prepend_scheme != "never":
+        metaspace.prepend_scheme = "always"
+        tokenizer.backend_tokenizer.pre_tokenizer = metaspace
+        tokenizer.legacy = tokenizer.init_kwargs["legacy"] = True
+
+
 def _spare_token(tokenizer, end: int, place: str) -> str:
-    """A token that exists, never ends an answer and never stands in text: pad-like names first, then unk, then any special."""
+    """A token that exists and never stands in text: pad-like names first, then unk, then any special one; last the tokenizer's own
+    end token, where the template ends turns with another."""
     names = [t for t in tokenizer.get_vocab() if t.strip("<|>[]_").lower() in ("pad", "padding", "finetune_right_pad_id", "endoftext")]
     names += [tokenizer.unk_token] if tokenizer.unk_token else []
-    names += [t for t in tokenizer.all_special_tokens if t != tokenizer.bos_token]
-    for name in names:
-        if tokenizer.convert_tokens_to_ids(name) not in (None, end, tokenizer.eos_token_id):
+    names += [*tokenizer.all_special_tokens, *(str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values())]
+    written = {None, end, *_written(tokenizer, tokenizer.chat_template)}
+    for name in [n for n in names if n not in (tokenizer.bos_token, tokenizer.eos_token)] + [tokenizer.eos_token]:
+        if name and tokenizer.convert_tokens_to_ids(name) not in written:
             return name
     raise PosttrainError(place, "no token can serve as padding", "a special token besides the one that ends a turn",
                          "Add a pad token to the tokenizer.")
 
 
 def _render(tokenizer, messages: list[dict], generation: bool) -> tuple[str, list[int]]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    """Raises PosttrainError where the template refuses the messages, or where their text spells a token of the format."""
+    for message in messages:
+        found = _format_tokens(tokenizer, tokenizer.chat_template, tokenizer.pad_token).search(message["content"])
+        if found:
+            raise PosttrainError("chat template", f"a {message['role']} turn spells the token {found[0]!r}: {message['content'][:60]!r}",
+                                 "text that cannot be taken for the end or start of a turn", "Remove or rewrite this row.")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    except TemplateError as e:
+        raise PosttrainError("chat template", f"it refuses the turns {' '.join(m['role'] for m in messages)} ({e})",
+                             "user and assistant in turn, after an optional system text", "Correct the row, or name another template.") from None
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -105,11 +132,9 @@ def encode_dialogue(tokenizer, messages: list[dict], loss: str = "all") -> tuple
 
     loss='last' counts the last assistant turn alone. Prompts, system text and template tokens never count.
     """
-    last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     ids, mask = [], []
-    for i in range(last + 1):
-        if messages[i]["role"] != "assistant":
-            continue
+    for i in turns if loss == "all" else turns[-1:]:
         prompt = encode_prompt(tokenizer, messages[:i])
         if prompt[:len(ids)] != ids:  # the template rewrote what came before: count only what still stands
             raise PosttrainError("chat template", "a later turn changes how earlier ones are rendered",
@@ -117,7 +142,7 @@ def encode_dialogue(tokenizer, messages: list[dict], loss: str = "all") -> tuple
         mask += [False] * (len(prompt) - len(ids))
         answer = encode_answer(tokenizer, messages[:i], messages[i]["content"])
         ids = prompt + answer
-        mask += [loss == "all" or i == last] * len(answer)
+        mask += [True] * len(answer)
     return ids, mask
 
 
@@ -128,10 +153,9 @@ def end_of_turn(tokenizer) -> int:
 
 @lru_cache(maxsize=32)
 def _end_of_turn(tokenizer, template: str) -> int:
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        text, _ = _render(tokenizer, probe[:1], True)
-        full, _ = _render(tokenizer, probe, False)
+        text, _ = _render(tokenizer, PROBE[:1], True)
+        full, _ = _render(tokenizer, PROBE, False)
     except Exception as e:
         raise PosttrainError("chat template", f"cannot render a user and an assistant turn ({e})", "a chat template",
                              f"Set model.chat_template to one of {', '.join(template_names())}.") from None
@@ -141,6 +165,20 @@ def _end_of_turn(tokenizer, template: str) -> int:
         raise PosttrainError("chat template", "no special token ends an answer", "an end-of-turn token that is one token of the vocabulary",
                              "Name another template with model.chat_template.")
     return ends[-1]
+
+
+@lru_cache(maxsize=32)
+def _written(tokenizer, template: str) -> frozenset[int]:
+    """The special tokens that a template writes."""
+    ids = tokenizer(tokenizer.apply_chat_template(PROBE, tokenize=False), add_special_tokens=False)["input_ids"]
+    return frozenset({*ids} & {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})})
+
+
+@lru_cache(maxsize=32)
+def _format_tokens(tokenizer, template: str, pad: str | None) -> re.Pattern:
+    """The special tokens that shape a dialogue: those the template writes, and those that begin, end or pad a sequence."""
+    names = {tokenizer.convert_ids_to_tokens(i) for i in _written(tokenizer, template)} | {tokenizer.bos_token, tokenizer.eos_token, pad}
+    return re.compile("|".join(re.escape(n) for n in sorted(names - {None, ""})) or r"(?!)")
 
 
 def decode(tokenizer, ids: list[int]) -> str:

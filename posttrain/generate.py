@@ -90,7 +90,7 @@ class _Loop:
         if not prompts or not all(prompts):
             raise ValueError("every prompt needs at least one token")
         self.roles, self.role, self.prompts, self.sampling, self.stop, self.tick = roles, role, prompts, sampling, stop, tick
-        self.device = roles.device
+        self.device, self.weight = roles.device, roles.vocabulary(role)
         self.queue = [(p, s) for p in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)) for s in range(samples)]
         self.batch = min(batch, len(self.queue))
         generator = torch.Generator().manual_seed(seed)
@@ -159,8 +159,7 @@ class _Loop:
         owners = [self.rows[r] for r in rows]
         steps = [len(self.ids[p][s]) for p, s in owners]
         u = torch.stack([self.uniforms[p, s, t] for (p, s), t in zip(owners, steps, strict=True)]).to(self.device)
-        weight = self.roles.vocabulary(self.role)
-        logits = (hidden.to(weight.dtype) @ weight.t()).float()
+        logits = (hidden.to(self.weight.dtype) @ self.weight.t()).float()
         token, logprob = choose(logits, u, self.sampling.temperature, self.sampling.top_p)
         self.tokens[rows] = token
         for row, (p, s), t, lp in zip(rows, owners, token.tolist(), logprob.tolist(), strict=True):

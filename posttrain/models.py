@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from posttrain import builtin, chat
+from posttrain import attention, builtin, chat
 from posttrain.config import LoraSettings, ModelConfig
 from posttrain.errors import PosttrainError
 from posttrain.packing import MicroBatch
 from posttrain.tensors import token_logprobs
 
 SHAPES = Path(__file__).parent / "shapes"
+ROWS = "token_adapter.trainable_tokens_delta"  # peft's name for the trained rows of single tokens
 
 
 def choose_dtype(config: ModelConfig, full: bool = False) -> str:
@@ -60,14 +61,15 @@ def resolve(name_or_path: str, place: str = "model.name_or_path") -> str:
     """A built-in name -> its folder; a local folder or hub name stays. Refuses folders whose weights are not safetensors."""
     if builtin.is_builtin(name_or_path):
         return str(builtin.folder(name_or_path, place))
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not list(path.glob("*.safetensors")):
             pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
             found = f"holds {', '.join(pickled)} but no .safetensors" if pickled else "holds no weights"
             raise PosttrainError(f"{place}: {path}", found, "a folder with model.safetensors",
                                  "Convert it: load it once with transformers in a place you trust and save_pretrained() it.")
-    elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        return str(path)
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise PosttrainError(f"{place}: {name_or_path}", "no such folder", "a model folder, a hub name or a built-in name", "Check the path.")
     return name_or_path
 
@@ -112,7 +114,7 @@ def load_network(name: str, config: ModelConfig, dtype: torch.dtype, place: str,
     local = Path(name).is_dir()
     net = _from_hub(lambda: cls.from_pretrained(
         name, revision=None if local else config.revision, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-        attn_implementation="sdpa", **extra), config, place)
+        attn_implementation=attention.register() if device().type == "cpu" else "sdpa", **extra), config, place)
     if config.quantization == "none":
         net.to(device())
     for module in net.modules():
@@ -168,6 +170,15 @@ def _adapted_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
     return result + F.linear(low, b.to(x.dtype)).to(result.dtype)
 
 
+def _embedded(self, ids: Tensor) -> Tensor:
+    """The embedding of ids, with the added turn tokens' rows taken from the role named by the pointer."""
+    result, role = type(self).forward(self, ids), self.row_pointer[0]
+    if role is None or role not in self.token_rows:
+        return result
+    slot, rows = self.row_slots[ids], self.token_rows[role]["input"] * getattr(self, "embed_scale", 1.0)
+    return torch.where((slot >= 0)[..., None], rows[slot.clamp_min(0)].to(result.dtype), result)
+
+
 @dataclass
 class Role:
     """net: the model it runs on (shared between adapter roles); adapter: its name in the layers or None; head: scalar or None."""
@@ -206,6 +217,7 @@ class Roles:
 
     def __post_init__(self):
         self.tokenizer = self.tokenizer or load_tokenizer(self.config, self.place)
+        self.added = self.tokenizer.convert_tokens_to_ids(getattr(self.tokenizer, "added_turn_tokens", []))
         self.device = device()
         self.layout = "packed" if self.device.type == "cuda" else "rows"
 
@@ -225,7 +237,7 @@ class Roles:
         source = Path(source) if source else None
         is_adapter = source is not None and (source / "adapter_config.json").exists()
         if is_adapter or fresh_adapter or (source is None and (self.config.lora or self.config.quantization != "none")):
-            role = self._adapter_role(name, source if is_adapter else None, fresh_adapter, trainable)
+            role = self._adapter_role(name, source if is_adapter else None, fresh_adapter, trainable, bool(head))
         elif source is None and not trainable and self.base is None and not self.roles:
             role = Role(name, self._base(), None, None, trainable)
         else:
@@ -239,20 +251,43 @@ class Roles:
         if self.base is None:
             path = resolve(self.config.name_or_path, f"{self.place}: model.name_or_path")
             self.base = load_network(path, self.config, self.dtype, self.place)
-            self._grow(self.base)
+            self._grow(self.base, fresh=True)
             self.base.heads = nn.ModuleDict()
+            if self.added:
+                self._add_rows(self.base)
         return self.base
 
-    def _grow(self, net: nn.Module) -> None:
-        """Rows for turn tokens that were added to the vocabulary, each started at the mean of the others."""
-        if len(self.tokenizer) > net.get_input_embeddings().weight.shape[0]:
+    def _grow(self, net: nn.Module, fresh: bool) -> None:
+        """Rows for turn tokens that were added to the vocabulary, each started at the mean of the others. fresh: net never had them."""
+        size = net.get_input_embeddings().weight.shape[0]
+        new = sorted({*range(size, len(self.tokenizer)), *self.added}) if fresh else list(range(size, len(self.tokenizer)))
+        if not new:
+            return
+        if len(self.tokenizer) > size:
             net.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
-            for table in {net.get_input_embeddings(), net.get_output_embeddings()}:
-                old = table.weight.data[:-len(self.tokenizer.added_turn_tokens)]
-                table.weight.data[len(old):] = old.float().mean(0).to(old.dtype)
-            net.requires_grad_(False)
+        for table in {net.get_input_embeddings(), net.get_output_embeddings()} - {None}:
+            old = torch.ones(len(table.weight), dtype=torch.bool, device=table.weight.device)
+            old[new] = old[len(self.tokenizer):] = False  # rows past the vocabulary were never trained
+            table.weight.data[new] = table.weight.data[old].float().mean(0).to(table.weight.dtype)
+        net.requires_grad_(False)
 
-    def _adapter_role(self, name: str, source: Path | None, fresh: bool, trainable: bool) -> Role:
+    def _add_rows(self, net: nn.Module) -> None:
+        """A place for each role's own rows of the added turn tokens; the embedding reads them through the role pointer."""
+        table = net.get_input_embeddings()
+        net.token_rows = nn.ModuleDict()
+        slots = torch.full((len(table.weight),), -1, device=self.device)
+        slots[self.added] = torch.arange(len(self.added), device=self.device)
+        table.row_pointer, table.row_slots = self.pointer, slots
+        object.__setattr__(table, "token_rows", net.token_rows)  # a reference, not a second owner
+        table.forward = MethodType(_embedded, table)
+
+    def _tables(self, head: bool) -> dict[str, str]:
+        """The tables whose added rows a role trains and their module names: the input's, and the output's where it is another one."""
+        names = {id(m): n for n, m in self.base.named_modules()}
+        inp, out = self.base.get_input_embeddings(), self.base.get_output_embeddings()
+        return {"input": names[id(inp)]} | ({} if head or out is None or out.weight is inp.weight else {"output": names[id(out)]})
+
+    def _adapter_role(self, name: str, source: Path | None, fresh: bool, trainable: bool, head: bool) -> Role:
         net = self._base()
         if source is None and not fresh:
             return Role(name, net, None, None, False)
@@ -260,6 +295,10 @@ class Roles:
         tensors = {}
         if source is not None:
             saved = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+            odd = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if saved.get(k)]
+            if odd or saved.get("bias", "none") != "none" or isinstance(saved["target_modules"], str):
+                raise PosttrainError(str(source), f"an adapter with {', '.join(odd) or 'biases or a pattern of targets'}",
+                                     "a plain LoRA adapter whose targets are listed", "Merge it into its base and name the merged folder.")
             mine = LoraSettings(r=saved["r"], alpha=saved["lora_alpha"], dropout=lora.dropout, target_modules=sorted(saved["target_modules"]))
             if trainable and self.config.lora and (mine.r, mine.target_modules) != (lora.r, self._targets(lora)):
                 raise PosttrainError(f"{self.place}: model.lora", f"rank {lora.r} on {self._targets(lora)}, but the adapter it starts from "
@@ -267,10 +306,11 @@ class Roles:
                                      "Change model.lora or train the earlier stage again.")
             lora, tensors = mine, load_file(source / "adapter_model.safetensors")
         self._inject(name, lora)
+        if self.added:
+            net.token_rows[name] = nn.ParameterDict({k: net.get_submodule(m).weight.data[self.added].float() for k, m in self._tables(head).items()})
         self._fill(name, tensors, source)
-        for n, p in net.named_parameters():
-            if f".{name}." in n and "lora_" in n:
-                p.requires_grad_(trainable)
+        for p in self._slots(name).values():
+            p.requires_grad_(trainable)
         return Role(name, net, name, None, trainable, lora)
 
     def _targets(self, lora: LoraSettings) -> list[str]:
@@ -285,8 +325,9 @@ class Roles:
     def peft_config(self, lora: LoraSettings, head: bool):
         from peft import LoraConfig
 
+        rows = {m.split(".")[-1]: list(self.added) for m in self._tables(head).values()} if self.added else None
         return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=self._targets(lora), bias="none",
-                          task_type="SEQ_CLS" if head else "CAUSAL_LM", modules_to_save=["score"] if head else None)
+                          task_type="SEQ_CLS" if head else "CAUSAL_LM", modules_to_save=["score"] if head else None, trainable_token_indices=rows)
 
     def _inject(self, name: str, lora: LoraSettings) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -306,11 +347,21 @@ class Roles:
                 p.requires_grad_(frozen.get(n, frozen.get(n.replace(".base_layer", ""), False)))
         self.base._hf_peft_config_loaded = True  # transformers' trainer asks this before it trains adapters on a quantized base
 
+    def _slots(self, name: str) -> dict[str, nn.Parameter]:
+        """A role's adapter parameters by their names in peft's file, less the prefix `base_model.model.`."""
+        slots = {n.replace(f".{name}.weight", ".weight"): p for n, p in self.base.named_parameters() if f".{name}." in n and "lora_" in n}
+        if self.added:
+            rows = self.base.token_rows[name]
+            slots |= {f"{m}.{ROWS}": rows[k] for k, m in self._tables(head=False).items() if k in rows}
+        return slots
+
     def _fill(self, name: str, tensors: dict[str, Tensor], source: Path | None) -> None:
         if source is None:
             return
-        slots = {n.replace(f".{name}.weight", ".weight"): p for n, p in self.base.named_parameters() if f".{name}." in n and "lora_" in n}
-        found = {k.removeprefix("base_model.model."): v for k, v in tensors.items() if "lora_" in k}
+        slots, output = self._slots(name), f"{self._tables(head=False).get('output')}.{ROWS}"
+        found = {k.removeprefix("base_model.model."): v for k, v in tensors.items() if "lora_" in k or ROWS in k}
+        if output not in slots:  # a scalar head has no use for the vocabulary's rows
+            found.pop(output, None)
         if set(slots) != set(found):
             odd = sorted(set(slots) ^ set(found))[:2]
             raise PosttrainError(str(source), f"its tensors do not fit the base ({odd[0]} ...)", "an adapter of this base", "Check model.name_or_path.")
@@ -326,7 +377,7 @@ class Roles:
         path = str(source) if source else resolve(self.config.name_or_path, f"{self.place}: model.name_or_path")
         net = load_network(path, self.config, self.dtype, self.place, classification=head == "saved")
         if head != "saved":
-            self._grow(net)
+            self._grow(net, fresh=source is None)
         net.heads = nn.ModuleDict()
         net.requires_grad_(trainable)
         return Role(name, net, None, None, trainable)
@@ -374,7 +425,13 @@ class Roles:
 
     def vocabulary(self, name: str) -> Tensor:
         """The vocabulary head (V, d) of a role."""
-        return self.roles[name].net.get_output_embeddings().weight
+        role = self.roles[name]
+        weight = role.net.get_output_embeddings().weight
+        if role.adapter is None or not self.added:
+            return weight
+        rows = role.net.token_rows[role.adapter]
+        new = rows["output" if "output" in rows else "input"].to(weight.dtype)
+        return weight.index_copy(0, torch.tensor(self.added, device=weight.device), new)
 
     def scalars(self, name: str, batch: MicroBatch) -> Tensor:
         """The head's value (S,) float32 at the last token of every answer: a reward model's score, the logit."""
@@ -390,8 +447,7 @@ class Roles:
         role = self.roles[name]
         folder.mkdir(parents=True, exist_ok=True)
         if role.adapter:
-            tensors = {f"base_model.model.{n.replace(f'.{name}.weight', '.weight')}": p.detach().cpu().contiguous()
-                       for n, p in role.net.named_parameters() if f".{name}." in n and "lora_" in n}
+            tensors = {f"base_model.model.{n}": p.detach().cpu().contiguous() for n, p in self._slots(name).items()}
             if role.head is not None:
                 tensors["base_model.model.score.weight"] = role.head.weight.detach().cpu().contiguous()
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -414,7 +470,7 @@ class Roles:
                 return
             prefix = net.base_model_prefix
             state = {f"{prefix}.{k}": v.detach().cpu().contiguous() for k, v in role.body.state_dict().items()}
-            state["score.weight"] = role.head.weight.detach().to(self.dtype).cpu().contiguous()
+            state["score.weight"] = role.head.weight.detach().cpu().contiguous()  # float32: a resumed run goes on with every bit
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
             config = type(net.config).from_dict(net.config.to_dict())
             config.num_labels, config.pad_token_id = 1, self.tokenizer.pad_token_id

@@ -9,25 +9,24 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote_plus
 
-from posttrain import builtin, data
 from posttrain import config as cfg
+from posttrain import data
 from posttrain.errors import PosttrainError
 from posttrain.formats import FORMATS
+from posttrain.shape import read_shape
 
-SHAPES = Path(__file__).parent / "shapes"
 TOKENS_PER_WORD = 1.35
 PAPER_BATCH = {"sft": 64, "reward": 512}
 FEWEST_STEPS, FEWEST_WARMUP = 50, 5
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, its block's 8-bit constant, and that constant's own float32 constant
 KV_PEAK = 1.75  # generate.RowCache.keep makes the smaller memory beside the larger one, at three quarters of its rows
 RESERVE = 1.0e9  # bytes of a GPU that its driver and the allocator keep
 LABELS = ("counted", "declared", "estimated")
+USES = ("base", "roles", "optimizer", "kv_cache", "activations")
 
 
 def weakest(*labels: str) -> str:
@@ -68,116 +67,6 @@ def packed_rows(rows: int, tokens: float, width: int) -> int:
     return max(1, math.ceil(rows * tokens / max(width - tokens / 2, tokens)))
 
 
-# -- the model ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder's sizes. linears: the matrices of one layer by name, (inputs, outputs)."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    vocab: int
-    kv_width: int  # key/value heads times head width
-    tied: bool
-    linears: dict[str, tuple[int, int]]
-    small: int  # norms and biases, all layers
-    exact: bool  # False: a family whose details this file does not know
-
-    @property
-    def body(self) -> int:
-        """Weights of the layers' matrices: what is quantized, and what adapters sit on."""
-        return self.layers * sum(i * o for i, o in self.linears.values())
-
-    @property
-    def embeddings(self) -> int:
-        return self.vocab * self.hidden * (1 if self.tied else 2)
-
-    @property
-    def parameters(self) -> int:
-        return self.body + self.embeddings + self.small
-
-    def lora(self, lora: cfg.LoraSettings, place: str = "model.lora") -> int:
-        """Weights of one adapter."""
-        wanted = lora.target_modules
-        names = list(self.linears) if wanted == "all-linear" else [wanted] if isinstance(wanted, str) else wanted
-        unknown = [n for n in names if n not in self.linears]
-        if unknown:
-            raise PosttrainError(f"{place}.target_modules", f"no layer '{unknown[0]}' in this model", f"some of {', '.join(self.linears)}",
-                                 "Name these, or all-linear.")
-        return self.layers * lora.r * sum(sum(self.linears[n]) for n in names)
-
-    def weights(self, quantization: str, width: int) -> float:
-        """Bytes of the base in memory; embeddings, head and norms are never quantized."""
-        each = {"nf4": NF4_BYTES, "int8": 1.0}.get(quantization, width)
-        return self.body * each + (self.parameters - self.body) * width
-
-    def kv(self, width: int) -> int:
-        """Bytes of keys and values of one token."""
-        return 2 * self.layers * self.kv_width * width
-
-    def activations(self, width: int, checkpointing: bool) -> int:
-        """Bytes kept for the backward pass of one token, by hand count (as posttrain.training.choose_budget)."""
-        layer = (18 * self.hidden + 6 * self.ffn) * width
-        return layer + self.layers * self.hidden * width if checkpointing else self.layers * layer
-
-
-def shape_of(config: dict) -> Shape:
-    """A transformers config.json -> Shape. Exact for Llama, Mistral and Qwen 2 and 3; elsewhere the Llama arithmetic, marked so."""
-    config = config.get("text_config") or config
-    d, layers, heads, ffn = (config[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
-    width = config.get("head_dim") or d // heads
-    q, kv = heads * width, (config.get("num_key_value_heads") or heads) * width
-    kind = config.get("model_type")
-    small = 2 * d + (2 * width if kind == "qwen3" else 0) + (q + 2 * kv if kind == "qwen2" else 0)
-    small += q + 2 * kv + d if config.get("attention_bias") else 0
-    small += 2 * ffn + d if config.get("mlp_bias") else 0
-    tied = config.get("tie_word_embeddings", kind not in ("llama", "mistral", "qwen2", "qwen3"))
-    linears = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d), "gate_proj": (d, ffn), "up_proj": (d, ffn), "down_proj": (ffn, d)}
-    return Shape(layers, d, ffn, config["vocab_size"], kv, tied, linears, layers * small + d, kind in ("llama", "mistral", "qwen2", "qwen3"))
-
-
-def read_shape(model: cfg.ModelConfig, place: str) -> Shape:
-    """The recipe's model from a local, built-in, shipped or cached config.json. Asks no server."""
-    path = _config_file(model, place)
-    try:
-        return shape_of(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise PosttrainError(str(path), f"not a decoder's configuration ({type(e).__name__}: {e})", "a transformers config.json",
-                             "Check model.name_or_path.") from None
-
-
-def _config_file(model: cfg.ModelConfig, place: str) -> Path:
-    name, key = model.name_or_path, f"{place}: model.name_or_path"
-    if builtin.is_builtin(name):
-        builtin.check(name, key)
-        made = builtin.cache_root() / name.removeprefix("builtin:") / "config.json"
-        return made if made.exists() else builtin.folder(name, key) / "config.json"
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser() / "config.json"
-    shipped = SHAPES / (name.replace("/", "--") + ".json")
-    if shipped.exists():
-        return shipped
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json", revision=model.revision) if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
-    if isinstance(cached, str):
-        return Path(cached)
-    raise PosttrainError(key, f"the shape of '{name}' is not here", f"its config.json in the hub cache, or as {shipped.name} in posttrain/shapes",
-                         f"Fetch that one small file: `hf download {name} config.json`.")
-
-
-def check_on_meta(recipe: cfg.Recipe) -> str:
-    """One sentence: the model as transformers builds it, without memory or download, against this file's count. Imports torch."""
-    from posttrain.models import meta_model
-
-    built = sum(p.numel() for p in meta_model(recipe.model, recipe.path).parameters())
-    counted = read_shape(recipe.model, recipe.path).parameters
-    agrees = "as planned" if built == counted else f"the plan counted {counted:,}: its memory figures are off by {abs(built - counted) / built:.1%}"
-    return f"{recipe.model.name_or_path} built on the meta device: {built:,} parameters, {agrees}"
-
-
 # -- the data ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +82,7 @@ class Count(NamedTuple):
 def total(counts: list[Count]) -> Count:
     rows = sum(c.rows for c in counts)
     mean = sum(c.rows * c.tokens for c in counts) / rows if rows else 0.0
-    return Count(rows, mean, weakest(*(c.rows_are for c in counts)), weakest(*(c.tokens_are for c in counts)))
+    return Count(rows, mean, weakest("counted", *(c.rows_are for c in counts)), weakest("counted", *(c.tokens_are for c in counts)))
 
 
 def words(item) -> int:
@@ -253,7 +142,8 @@ class Data:
         if self._is_local(name, i):
             return count_items(data.load_entry(entry, self.folder, self.recipe.run.seed, self._place(name, i)).items)
         if entry.expect is None:
-            raise PosttrainError(f"{self._place(name, i)}.expect", f"the hub data set '{entry.path}' declares no size", "expect: {rows: N, tokens: MEAN}",
+            raise PosttrainError(f"{self._place(name, i)}.expect", f"the hub data set '{entry.path}' declares no size",
+                                 "expect: {rows: N, tokens: MEAN}",
                                  "Add the rows and the mean tokens of a row that its page gives; the real run counts them itself.")
         rows = cached_rows(entry)
         kept, label = (entry.expect.rows, "declared") if rows is None else (rows, "counted")
@@ -268,7 +158,8 @@ def cached_rows(entry: cfg.DataEntry) -> int | None:
     owner, _, name = entry.path.rpartition("/")
     name = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)).lower()  # as datasets.naming
     variant = (entry.name or "default") + (f"-data_dir={quote_plus(entry.data_dir)}" if entry.data_dir else "")
-    found = sorted((cache / (f"{owner}___{name}" if owner else name) / variant).glob("*/*/dataset_info.json"), key=lambda p: p.stat().st_mtime)
+    folder = cache / (f"{owner}___{name}" if owner else name) / variant
+    found = sorted(folder.glob("*/*/dataset_info.json"), key=lambda p: p.stat().st_mtime)
     try:
         return int(json.loads(found[-1].read_text(encoding="utf-8"))["splits"][entry.split]["num_examples"])
     except (IndexError, OSError, ValueError, KeyError, TypeError):
@@ -291,12 +182,12 @@ class Planner:
 
     @cached_property
     def data(self) -> Data:
-        used = {n for c in self.recipe.stages.values() for ns in cfg.fields_referring_to(c, "data").values() for n in ns if not n.startswith("@")}
-        return Data(self.recipe, sorted(used))
+        fields = [names for c in self.recipe.stages.values() for names in cfg.fields_referring_to(c, "data").values()]
+        return Data(self.recipe, sorted({n for names in fields for n in names if not n.startswith("@")}))
 
     def train(self, names: list[str] | None) -> Count:
         """Training rows of data sets and of sections that make data."""
-        return total([self.made(n[1:]) if n.startswith("@") else self.data.train(n) for n in names]) if names else Count(0, 0.0, "counted", "counted")
+        return total([self.made(n[1:]) if n.startswith("@") else self.data.train(n) for n in names or []])
 
     def made(self, name: str) -> Count:
         """What a section that samples answers hands on: at most one a prompt, as long as allowed."""
@@ -314,7 +205,8 @@ class Planner:
         size = self.lora * 4 if self.lora else shape.parameters * self.width
         out = {"base": shape.weights(self.model.quantization, self.width) if self.lora else 0.0,
                "roles": roles * size, "optimizer": 3 * trainable * size,  # gradient and Adam's two moments
-               "kv_cache": KV_PEAK * kv_tokens * shape.kv(self.width), "activations": training_tokens * shape.activations(self.width, checkpointing)}
+               "kv_cache": KV_PEAK * kv_tokens * shape.kv(self.width),
+               "activations": training_tokens * shape.activations(self.width, checkpointing)}
         return out | {"total": out["base"] + out["roles"] + out["optimizer"] + max(out["kv_cache"], out["activations"])}
 
     def training(self, config, kind: str, count: Count, unit: str, units: int | None = None) -> dict:
@@ -323,15 +215,17 @@ class Planner:
         batch, steps = batch_and_steps(n, PAPER_BATCH[kind], config.batch_size, config.epochs, config.max_steps)
         warmup = warmup_steps(steps, config.warmup_ratio)
         passes = min(config.epochs, steps * batch / n) if n else 0
-        per_step = "the recipe's" if config.batch_size else "the paper's" if batch == PAPER_BATCH[kind] else f"lowered from {PAPER_BATCH[kind]} for {FEWEST_STEPS} steps"
+        paper = PAPER_BATCH[kind]
+        whose = "the recipe's" if config.batch_size else "the paper's"
+        whose = f"lowered from {paper} for {FEWEST_STEPS} steps" if not config.batch_size and batch < paper else whose
         width = config.micro_batch_tokens or config.max_length
         label = count.rows_are if units is None else weakest(count.rows_are, count.tokens_are, "estimated")
+        few = f"{steps} steps are fewer than five times the {warmup} warm-up steps: use more data or epochs, or warmup_ratio: 0"
         return {"rows": count.rows, "tokens_per_row": count.tokens, "batch": batch, "steps": steps, "warmup": warmup,
                 "tokens": round(count.rows * count.tokens * passes), "batch_unit": unit,
-                "arithmetic": f"{n:,} {unit} x {config.epochs:g} epoch{'s' * (config.epochs != 1)} / {batch} a step ({per_step})"
+                "arithmetic": f"{n:,} {unit} x {config.epochs:g} epoch{'s' * (config.epochs != 1)} / {batch} a step ({whose})"
                               + (f", at most {config.max_steps} steps" if config.max_steps else ""),
-                "warnings": [f"{steps} steps are fewer than five times the {warmup} warm-up steps: use more data or epochs, or warmup_ratio: 0"]
-                if steps < 5 * warmup else [],
+                "warnings": [few] * (steps < 5 * warmup),
                 "memory": self.memory(0, 1, training_tokens=width, checkpointing=config.activation_checkpointing),
                 "labels": {"rows": count.rows_are, "tokens_per_row": count.tokens_are, "batch": label, "steps": label, "warmup": label,
                            "tokens": weakest(count.rows_are, count.tokens_are)}}
@@ -341,14 +235,16 @@ class Planner:
         longest = min(samples, config.batch) * (config.max_prompt_tokens + config.max_new_tokens)
         each = prompts.tokens + config.max_new_tokens
         label = weakest(prompts.rows_are, "estimated")
-        return {"rows": prompts.rows, "tokens_per_row": prompts.tokens, "samples": samples, "tokens": round(samples * each * (1 + forwards)),
+        return {"rows": prompts.rows, "tokens_per_row": prompts.tokens, "samples": samples,
+                "tokens": round(samples * each * (1 + forwards)),
                 "memory": self.memory(frozen, trainable, kv_tokens=longest, **extra), "warnings": [],
                 "labels": {"rows": prompts.rows_are, "tokens_per_row": prompts.tokens_are, "samples": prompts.rows_are, "tokens": label}}
 
     def sft(self, config) -> dict:
         count = self.train(config.data)
         units = packed_rows(count.rows, count.tokens, config.max_length) if config.packing else None
-        return self.training(config, "sft", count, f"packed sequences of {config.max_length:,} tokens" if units else "demonstrations", units)
+        unit = f"packed sequences of {config.max_length:,} tokens" if units else "demonstrations"
+        return self.training(config, "sft", count, unit, units)
 
     def reward(self, config) -> dict:
         own, other = self.train(config.own), self.train(config.other)
@@ -360,7 +256,8 @@ class Planner:
     def rejection(self, config) -> dict:
         prompts, k = self.prompts(config), config.samples_per_prompt
         row = self.sampling(config, prompts, prompts.rows * k, 2, 3, 0)
-        return row | {"note": f"{prompts.rows:,} prompts x {k} samples, scored by two models; answers at most {config.max_new_tokens} tokens"}
+        note = f"{prompts.rows:,} prompts x {k} samples, scored by two models; answers at most {config.max_new_tokens} tokens"
+        return row | {"note": note}
 
     def ppo(self, config) -> dict:
         """Passes besides decoding: reference, two reward models, critic; then policy and critic in training."""
@@ -382,7 +279,8 @@ class Planner:
         count = count._replace(rows=min(count.rows, config.rows or count.rows))
         models, samples = len(config.models), count.rows * config.samples_per_prompt * len(config.models)
         row = self.sampling(config, count, samples, 3, models + 2, 0)
-        return row | {"note": f"{models} models x {count.rows:,} {'held-out ' * config.held_out}prompts x {config.samples_per_prompt}, scored by two models"}
+        which = "held-out prompts" if config.held_out else "prompts"
+        return row | {"note": f"{models} models x {count.rows:,} {which} x {config.samples_per_prompt}, scored by two models"}
 
     def export(self, config) -> dict:
         """The model is merged a matrix at a time in the width it is stored in; the unmerged one is gone by then."""
@@ -418,7 +316,8 @@ def plan(recipe: cfg.Recipe, gpu: str | float | None = None, sections: list[str]
     planner, room = Planner(recipe), gigabytes(gpu)
     rows = [planner.row(n) for n in names]
     for row in rows:
-        row["run"], row["recipe"], row["model"], row["quantization"] = recipe.run.name, recipe.path, recipe.model.name_or_path, recipe.model.quantization
+        row |= {"run": recipe.run.name, "recipe": recipe.path}
+        row |= {"model": recipe.model.name_or_path, "quantization": recipe.model.quantization}
         if room is not None:
             row["gpu"] = room
             row["fits"] = row["memory"]["total"] + RESERVE <= room * 1e9
@@ -429,10 +328,12 @@ def plan(recipe: cfg.Recipe, gpu: str | float | None = None, sections: list[str]
 
 def _too_big(row: dict, room: float) -> str:
     memory = row["memory"]
-    largest = max(("base", "roles", "optimizer", "kv_cache", "activations"), key=memory.get)
-    cure = {"base": "quantization: nf4", "roles": "adapters (model.lora)", "optimizer": "adapters (model.lora)", "kv_cache": "a lower batch or max_new_tokens",
+    largest = max(USES, key=memory.get)
+    cure = {"base": "quantization: nf4", "roles": "adapters (model.lora)", "optimizer": "adapters (model.lora)",
+            "kv_cache": "a lower batch or max_new_tokens",
             "activations": "activation_checkpointing: true, or a lower micro_batch_tokens"}[largest]
-    return f"about {memory['total'] / 1e9:.1f} GB and {RESERVE / 1e9:.0f} GB for the driver do not fit {room:g} GB; most is {largest.replace('_', ' ')}: try {cure}"
+    return (f"about {memory['total'] / 1e9:.1f} GB and {RESERVE / 1e9:.0f} GB for the driver do not fit {room:g} GB; "
+            f"most is {largest.replace('_', ' ')}: try {cure}")
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------------------
@@ -460,20 +361,24 @@ def render(rows: list[dict]) -> str:
     if not rows:
         return "Nothing to plan."
     first = rows[0]
-    adapters = f", {short(first['lora_parameters'])} in an adapter" if first["lora_parameters"] else ", all of them trained"
-    lines = [f"Plan of {first['run']} ({first['recipe']})",
-             f"Model {first['model']}: {short(first['parameters'])} parameters{adapters} ({first['labels']['parameters']}); quantization {first['quantization']}", ""]
-    lines += _table(["section", "kind", "rows", "tokens a row", "samples", "batch", "steps", "warm-up", "tokens through the model"], [
-        [r["section"], r["kind"], *(_labelled(r, k) for k in ("rows", "tokens_per_row", "samples")), _number(r, "batch"), _labelled(r, "steps"),
-         _number(r, "warmup"), _labelled(r, "tokens")] for r in rows])
-    details = [f"{r['section']}: {'; '.join(r[k] for k in ('note', 'arithmetic') if r.get(k))}" for r in rows if r.get("note") or r.get("arithmetic")]
-    lines += ["", *details, "", *_memory_table(rows), "", *_totals(rows)]
+    trained = f"{short(first['lora_parameters'])} in an adapter" if first["lora_parameters"] else "all of them trained"
+    model = f"Model {first['model']}: {short(first['parameters'])} parameters, {trained} ({first['labels']['parameters']})"
+    lines = [f"Plan of {first['run']} ({first['recipe']})", f"{model}; quantization {first['quantization']}", "", *_numbers_table(rows), ""]
+    for r in rows:
+        said = "; ".join(r[k] for k in ("note", "arithmetic") if r.get(k))
+        lines += [f"{r['section']}: {said}"] * bool(said)
+    lines += ["", *_memory_table(rows), "", *_totals(rows)]
     warnings = [f"warning: {r['section']}: {w}" for r in rows for w in r["warnings"]]
     return "\n".join(lines + ["", *warnings] * bool(warnings))
 
 
-def _number(row: dict, key: str) -> str:
-    return f"{row[key]:,}" if row.get(key) is not None else "-"
+def _numbers_table(rows: list[dict]) -> list[str]:
+    def plain(row: dict, key: str) -> str:
+        return f"{row[key]:,}" if row.get(key) is not None else "-"
+
+    return _table(["section", "kind", "rows", "tokens a row", "samples", "batch", "steps", "warm-up", "tokens through the model"], [
+        [r["section"], r["kind"], *(_labelled(r, k) for k in ("rows", "tokens_per_row", "samples")), plain(r, "batch"),
+         _labelled(r, "steps"), plain(r, "warmup"), _labelled(r, "tokens")] for r in rows])
 
 
 def _unit(rows: list[dict]) -> tuple[float, str]:
@@ -482,12 +387,13 @@ def _unit(rows: list[dict]) -> tuple[float, str]:
 
 
 def _memory_table(rows: list[dict]) -> list[str]:
-    uses = ("base", "roles", "optimizer", "kv_cache", "activations", "total")
+    uses = (*USES, "total")
     size, unit = _unit(rows)
     fits = [f"fits {rows[0]['gpu']:g} GB"] if "fits" in rows[0] else []
     table = _table([f"memory in {unit} (estimated)", *(u.replace("_", " ") for u in uses), *fits], [
         [r["section"], *(f"{r['memory'][u] / size:.2f}" for u in uses), *(["yes" if r["fits"] else "no"] * len(fits))] for r in rows])
-    return [*table, "Base: the frozen weights all adapters share. Roles: the models or adapters a section holds. Decoding and training take turns."]
+    return [*table, "base: the frozen weights that all adapters share; roles: the models or adapters a section holds;",
+            "decoding and training take turns, so the larger of key/value memory and activations counts"]
 
 
 def _totals(rows: list[dict]) -> list[str]:
@@ -495,13 +401,13 @@ def _totals(rows: list[dict]) -> list[str]:
         having = [r for r in rows if r.get(key)]
         return sum(r[key] for r in having), weakest("counted", *(r["labels"][key] for r in having))
 
-    said = [f"{short(value)} {what} ({label})" for key, what in (("steps", "optimizer steps"), ("samples", "samples"), ("tokens", "tokens through the model"))
-            for value, label in [added(key)] if value]
+    names = {"steps": "optimizer steps", "samples": "samples", "tokens": "tokens through the model"}
+    said = [f"{short(added(k)[0])} {what} ({added(k)[1]})" for k, what in names.items() if added(k)[0]]
     largest, (size, unit) = max(rows, key=lambda r: r["memory"]["total"]), _unit(rows)
-    return [f"In all: {', '.join(said) or 'nothing to train or sample'}; most memory in {largest['section']}, "
-            f"about {largest['memory']['total'] / size:.1f} {unit} (estimated).",
-            "counted: from files and keys that are here; declared: from the recipe's expect; estimated: 1.35 tokens a word, answers at their longest.",
-            "Batch and warm-up are what their steps are."]
+    whole = (f"In all: {', '.join(said) or 'nothing to train or sample'}; most memory in {largest['section']}, "
+             f"about {largest['memory']['total'] / size:.1f} {unit} (estimated).")
+    return [whole, "counted: from files and keys that are here; declared: rests on the recipe's expect; estimated: rests on 1.35 tokens",
+            "a word, answers at their longest, or even packing. A batch and a warm-up are what their steps are."]
 
 
 PLANS = {"sft": Planner.sft, "reward": Planner.reward, "rejection": Planner.rejection, "ppo": Planner.ppo, "evaluate": Planner.evaluate,

@@ -6,6 +6,7 @@ the page's font, can be searched, and keeps a figure at a few kilobytes. matplot
 
 import io
 import re
+import textwrap
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ STYLES = [  # colour, line, marker, whether the marker is filled
     ("#7a3b8f", ":", "D", False),
     ("#4a5361", (0, (5, 1, 1, 1, 1, 1)), "v", True),
 ]
+UNSHOWN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # control characters and halves of surrogate pairs
 WIDTH, HEIGHT = 4.3, 2.75  # inches; small, so that the text is still readable when a phone scales the figure down
 RC = {
     "font.family": "sans-serif", "font.size": 8.0, "text.color": INK, "text.parse_math": False, "svg.fonttype": "none",
@@ -57,8 +59,8 @@ class Dot:
 
 
 def short(text: str, length: int = 22) -> str:
-    """A label that fits a figure."""
-    text = " ".join(str(text).split())
+    """A label that fits a figure, without what a font can't show."""
+    text = " ".join(UNSHOWN.sub("\ufffd", str(text)).split())
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -84,14 +86,14 @@ def _inline(svg: str, key: str) -> str:
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
     svg = re.sub(r"url\(#", f"url(#{key}-", svg)
     svg = re.sub(r'(?:xlink:)?href="#', f'href="#{key}-', svg)
-    svg = re.sub(r"(\d\.\d{2})\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d{2})\d+", r"\1", tag[0]), svg)  # coordinates, never the text between tags
     return re.sub(r"\n\s*", "\n", svg).strip()
 
 
 def _percent(axis) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{round(100 * v, 1):g} %".replace("-", "−")))
 
 
 def _legend(ax, columns: int = 3) -> None:
@@ -151,15 +153,21 @@ def by_category(key: str, categories: list[str], series: dict[str, list[Dot | No
             for x, d in found:
                 ax.vlines(x, _or(d.low, d.value), _or(d.high, d.value), color=STYLES[i % len(STYLES)][0], linewidth=1.2)
         ax.axhline(level[0], color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
-        ax.annotate(level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(0, -2), textcoords="offset points",
-                    ha="right", va="top", color=SOFT)
-        ax.set_xticks(range(len(categories)), [short(c, 14).replace(" ", "\n", 1) for c in categories])
+        ax.annotate(level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+                    ha="right", va="bottom", color=SOFT)
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(min(bottom, level[0] - 0.04 * (top - bottom)), top)
+        ax.set_xticks(range(len(categories)), [_two_lines(c) for c in categories])
         ax.set_xlim(-0.5, len(categories) - 0.5)
         ax.grid(axis="x", visible=False)
         _percent(ax.yaxis)
         ax.set_ylabel(y)
         _legend(ax)
     return figure_svg(key, draw)
+
+
+def _two_lines(label: str) -> str:
+    return "\n".join(short(line, 15) for line in textwrap.wrap(label, 14)[:2])
 
 
 def _or(value, other):
@@ -189,9 +197,11 @@ def dots(key: str, rows: list[Dot], x: str, level: tuple[float, str] | None = No
         if level:
             ax.axvline(level[0], color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
             ax.annotate(level[1], (level[0], 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=SOFT)
-        ax.set_yticks([*places.values(), *heads.values()], [*(short(r.label, 24) for r in rows), *(short(h, 24) for h in heads)])
-        for tick in ax.get_yticklabels()[len(places):]:
-            tick.set_fontweight("bold")
+        ax.set_yticks(list(places.values()), [short(r.label, 24) for r in rows])
+        for group, place in heads.items():
+            ax.annotate(short(group, 40), (0, place), xycoords=("axes fraction", "data"), xytext=(0, 0), textcoords="offset points",
+                        ha="left", va="center", fontweight="bold", annotation_clip=False,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0})
         ax.set_ylim(y - 0.4, -0.7)
         ax.grid(axis="y", visible=False)
         ax.spines["left"].set_visible(False)
@@ -220,7 +230,7 @@ def calibration(key: str, curves: dict[str, list[tuple[float, float, float]]]) -
         ax.plot([low, 1], [low, 1], color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
         ax.annotate("perfectly calibrated", (0.97, 0.97), xytext=(-4, 3), textcoords="offset points", ha="right", va="bottom", color=SOFT)
         for i, (name, rows) in enumerate(curves.items()):
-            colour, line, marker, filled = STYLES[i % len(STYLES)]
+            colour, _, marker, filled = STYLES[i % len(STYLES)]
             xs, ys = [c for c, _, _ in rows], [a for _, a, _ in rows]
             most = max([n for _, _, n in rows] or [1]) or 1
             ax.plot(xs, ys, label=short(name, 30), zorder=3, **{**_look(i), "markersize": 3.5})
@@ -228,7 +238,7 @@ def calibration(key: str, curves: dict[str, list[tuple[float, float, float]]]) -
                        facecolors=colour if filled else "white", edgecolors=colour)
         _percent(ax.xaxis)
         _percent(ax.yaxis)
-        ax.set_xlabel("confidence: σ(score of chosen − score of rejected), folded at 50 %")
+        ax.set_xlabel("confidence: σ of the gap between the two scores")
         ax.set_ylabel("pairs ordered rightly")
         _legend(ax)
     return figure_svg(key, draw)
@@ -238,11 +248,11 @@ def histogram(key: str, edges: list[float], chosen: list[float], rejected: list[
     """Shares of chosen and rejected answers by score: a filled outline against a dashed, hatched one."""
     def draw(fig):
         ax = fig.subplots()
-        for label, counts, colour, line, hatch in (("chosen", chosen, STYLES[0][0], "-", None), ("rejected", rejected, STYLES[1][0], "--", "////")):
-            total = sum(counts) or 1
-            heights = [c / total for c in counts]
-            ax.stairs(heights, edges, fill=True, facecolor=(*_rgb(colour), 0.22) if not hatch else "none", edgecolor=(*_rgb(colour), 0.55),
-                      hatch=hatch, linewidth=0)
+        for i, (label, counts) in enumerate({"chosen": chosen, "rejected": rejected}.items()):
+            colour, line, _, filled = STYLES[i]
+            heights = [c / sum(counts) for c in counts]
+            ax.stairs(heights, edges, fill=True, facecolor=(*_rgb(colour), 0.22) if filled else "none", edgecolor=(*_rgb(colour), 0.55),
+                      hatch=None if filled else "////", linewidth=0)
             ax.stairs(heights, edges, color=colour, linestyle=line, linewidth=1.5, label=label)
         _percent(ax.yaxis)
         ax.set_xlabel(x)
@@ -268,7 +278,9 @@ def plane(key: str, points: list[tuple[str, Dot, Dot]], x: str, y: str) -> str:
             ax.vlines(h.value, _or(v.low, v.value), _or(v.high, v.value), color=colour, linewidth=1.0, alpha=0.7)
             ax.plot([h.value], [v.value], marker=marker, markersize=6.5, color=colour, markerfacecolor=colour if filled else "white",
                     linestyle="", zorder=4)
-            ax.annotate(short(name, 18), (h.value, v.value), xytext=(6, 5), textcoords="offset points", color=INK, fontweight="bold", zorder=5)
+            dx, dy = ((6, -11), (-6, 5), (6, 5), (-6, -11))[i % 4]  # so that equal points keep readable names
+            ax.annotate(short(name, 18), (h.value, v.value), xytext=(dx, dy), textcoords="offset points", color=INK, fontweight="bold",
+                        ha="left" if dx > 0 else "right", zorder=5)
         ax.margins(0.14)
         ax.set_xlabel(x)
         ax.set_ylabel(y)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from posttrain import config as cfg
 from posttrain.log import duration
+from posttrain.plots import UNSHOWN
 from posttrain.report_parts import FAULTS, PARTS, Part, keys_of, models_of, other_part, paired, some, table
 from posttrain.report_views import (
     GAP,
@@ -84,8 +85,8 @@ def gain_of(columns: list[tuple[str, list[dict]]]) -> tuple[float | None, str]:
     means = [(n, sum(m) / len(m)) for n, m in means if m]
     if len(means) < 2:
         return None, ""
-    gain = round(means[-1][1] - means[0][1], 4)
-    return gain, f"merged {fixed(gain, sign=True)} from {means[0][0]} to {means[-1][0]}"
+    gain, several = round(means[-1][1] - means[0][1], 4), any(len(answers) > 1 for _, answers in columns)
+    return gain, f"{'mean ' if several else ''}merged {fixed(gain, sign=True)} from {means[0][0]} to {means[-1][0]}"
 
 
 def spread_kinds(rows: list[dict]) -> list[dict]:
@@ -113,8 +114,8 @@ def answers_page(v: View, samples: list[dict], column: Callable, order: list[str
     rows = spread_kinds(cards(samples, column, order, threshold))
     gains = [c["gain"] for c in rows if c["gain"] is not None]
     names = in_order(list(dict.fromkeys(n for c in rows for n, _ in c["columns"])), order)
-    takeaway = (f"{names[-1]} has the higher mean merged reward on {sum(g > 0 for g in gains)} of {plural(len(gains), 'prompt')}, "
-                f"{names[0]} on {sum(g < 0 for g in gains)}.") if gains else ""
+    takeaway = (f"“{names[-1]}” has the higher mean merged reward on {sum(g > 0 for g in gains)} of {plural(len(gains), 'prompt')}, "
+                f"“{names[0]}” on {sum(g < 0 for g in gains)}.") if gains else ""
     return {"section": v.name, "cards": rows[:PROMPTS_ON_PAGE], "total": len(rows), "first": PROMPTS_AT_FIRST, "takeaway": takeaway,
             "kinds": sorted({c["kind"] for c in rows if c["kind"]}), "any_unsafe": any(c["unsafe"] for c in rows),
             "threshold": loose(threshold) if threshold is not None else ""}
@@ -124,7 +125,9 @@ def answers_page(v: View, samples: list[dict], column: Callable, order: list[str
 
 def states(vs: list[View]) -> str:
     done = sum(v.state == "done" for v in vs)
-    return f"all {plural(done, 'section')} are done" if done == len(vs) else f"{done} of {plural(len(vs), 'section')} {'is' if done == 1 else 'are'} done"
+    if done == len(vs) > 1:
+        return f"all {done} sections are done"
+    return f"{done} of {plural(len(vs), 'section')} {'is' if done == 1 else 'are'} done"
 
 
 def headline(vs: list[View]) -> str:
@@ -149,12 +152,15 @@ def headline(vs: list[View]) -> str:
 
 def pair_words(v: View, row: dict) -> str:
     merged, name, base = row["merged"], row["name"], row["base"]
-    text = (f"“{name}” can't be told from “{base}” in merged reward, {fixed(merged.mean, sign=True)}" if merged.bounded and not merged.excludes(0) else
-            f"“{name}” scores {fixed(abs(merged.mean))} {'higher' if merged.mean >= 0 else 'lower'} than “{base}” in merged reward")
+    text = f"“{name}” scores {fixed(abs(merged.mean))} {'higher' if merged.mean >= 0 else 'lower'} than “{base}” in merged reward"
+    if merged.bounded and not merged.excludes(0):
+        text = f"“{name}” can't be told from “{base}” in merged reward, {fixed(merged.mean, sign=True)}"
     text += bounds(merged, sign=True) + (f" on {v.get('prompts'):,.0f} held-out prompts" if v.get("prompts") is not None else "")
     before, after = (interval(dig(models_of(v), n, "unsafe_share")) for n in (base, name))
-    text += f"; unsafe answers went from {percent(before.mean, 1)} to {percent(after.mean, 1)}" if before and after else ""
-    kl = number(dig(models_of(v), name, "kl"))
+    if before and after:
+        old, new = percent(before.mean, 1), percent(after.mean, 1)
+        text += f"; unsafe answers {f'went from {old} to {new}' if old != new else f'stayed at {new}'}"
+    kl = row["kl"] if row["kl"] is not None else number(dig(models_of(v), name, "kl"))
     return text + (f", at a KL of {fixed(kl, 1)}{GAP}nats" if kl is not None else "")
 
 
@@ -163,11 +169,13 @@ def verdict(vs: list[View]) -> str:
     found, head = checks(vs), headline(vs)
     if found:
         missed = sum(not c["met"] for c in found)
-        count = f"{missed} of {plural(len(found), 'check')} {'is' if missed == 1 else 'are'} not met" if missed else f"every check is met ({len(found)})"
+        count = f"{missed} of {plural(len(found), 'check')} {'is' if missed == 1 else 'are'} not met"
+        count = count if missed else f"every check is met ({len(found)})"
         head = f"{head}; {count}" if head else count
     if all(v.state == "done" for v in vs):
         return sentence(head or f"{states(vs)}; no comparison was measured")
-    stopped = [f"{v.name} stopped at step {v.last_step:,}" if v.last_step is not None else f"{v.name} is unfinished" for v in vs if v.state == "unfinished"]
+    at_work = [v for v in vs if v.state == "unfinished"]
+    stopped = [f"“{v.name}” is {'unfinished' if v.last_step is None else f'at step {v.last_step:,}'}" for v in at_work]
     return sentence("; ".join([states(vs), *([listed(stopped)] if stopped else []), *([f"so far, {head}"] if head else [])]))
 
 
@@ -221,13 +229,14 @@ def parts(vs: list[View]) -> list[Part]:
 def provenance(vs: list[View]) -> dict:
     ran = [v for v in vs if v.manifest]
     manifests = [v.manifest for v in ran]
-    stamp = {k: [word(m.get(k), "–").replace("T", " ") for m in manifests] for k in ("started", "finished")}
     tables = table("Every section", "section", [v.name for v in ran], [
-        ("kind", [v.kind for v in ran]), ("state", [v.state for v in ran]), *stamp.items(), ("time", [took(v) for v in ran]),
+        ("kind", [v.kind for v in ran]), ("state", [v.state for v in ran]),
+        ("started", [word(m.get("started"), "–").replace("T", " ")[:16] for m in manifests]), ("time", [took(v) for v in ran]),
         ("seed", [loose(m.get("seed")) for m in manifests]), ("dtype", [loose(dig(m, "decisions", "dtype")) for m in manifests]),
-        ("tokens a micro-batch", [loose(dig(m, "decisions", "micro_batch_tokens")) for m in manifests]),
-        ("bit-exact", [{True: "yes", False: "no"}.get(m.get("exact") if isinstance(m.get("exact"), bool) else None, "–") for m in manifests]),
-        ("commit", [loose(m.get("commit")) for m in manifests]), ("fingerprint", [word(m.get("fingerprint"), "–")[:10] for m in manifests])])
+        ("micro-batch tokens", [loose(dig(m, "decisions", "micro_batch_tokens")) for m in manifests]),
+        ("bit-exact", ["yes" if m.get("exact") is True else "no" if m.get("exact") is False else "–" for m in manifests]),
+        ("commit", [loose(m.get("commit")) for m in manifests]),
+        ("fingerprint", [word(m.get("fingerprint"), "–")[:10] for m in manifests])])
     sections = [{"name": v.name, "config": v.config_text(), "manifest": json.dumps(
         {k: x for k, x in v.manifest.items() if k != "inputs"}, indent=1, ensure_ascii=False, default=str)} for v in ran]
     return {"tables": tables, "sections": sections}
@@ -237,8 +246,9 @@ def summary(run: Run, vs: list[View]) -> list[str]:
     """The small line under the title."""
     seconds = sum(some(*(v.seconds for v in vs)))
     commits = list(dict.fromkeys(c for v in vs if (c := word(v.manifest.get("commit"), ""))))
-    return [f"base model {base_of(run, vs)}", *([f"{duration(seconds)} of work".replace(" ", GAP)] if seconds else []), f"seed {run.recipe.run.seed}",
-            *([f"commit {listed(commits[:3])}"] if commits else []), f"written {time.strftime('%Y-%m-%d %H:%M')}"]
+    work = [f"{duration(seconds)} of work".replace(" ", GAP)] if seconds else []
+    commit = [f"commit {listed(commits[:3])}"] if commits else []
+    return [f"base model {base_of(run, vs)}", *work, f"seed {run.recipe.run.seed}", *commit, f"written {time.strftime('%Y-%m-%d %H:%M')}"]
 
 
 def base_of(run: Run, vs: list[View]) -> str:
@@ -271,10 +281,11 @@ def render(run: Run) -> str:
     except FAULTS as e:
         found, trouble = None, f"The sampled answers can't be shown ({type(e).__name__}: {e})"
     flow = boxes(run, vs)
-    return env.get_template("report.html.j2").render(
+    page = env.get_template("report.html.j2").render(
         title=run.recipe.run.name, verdict=verdict(vs), summary=summary(run, vs), stand_in=base_of(run, vs) == STAND_IN, checks=checks(vs),
         boxes=flow, columns=-(-len(flow) // -(-len(flow) // 6)), parts=parts(vs), answers=found, trouble=trouble, provenance=provenance(vs),
         recipe=run.recipe.path)
+    return UNSHOWN.sub("\ufffd", page).strip() + "\n"
 
 
 def write(run: Run) -> Path:

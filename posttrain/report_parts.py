@@ -213,6 +213,8 @@ def said(*keys: str) -> Callable:
         value = dig(v.results, *keys)
         if isinstance(value, bool):
             return "yes" if value else "no"
+        if isinstance(value, str):
+            return plots.short(value, 200)
         return ", ".join(text_of(x) for x in value) or "–" if isinstance(value, list) else loose(value)
     return read
 
@@ -242,17 +244,26 @@ def sft_part(vs: list[View]) -> Part:
     for v in vs:
         part.figures += sft_figure(vs, v)
     part.facts = facts("Fine-tuning in numbers", vs, [v.name for v in vs], [
-        ("optimizer steps", at("steps")), ("epochs", at("epochs")), ("tokens read", at("train_tokens")), ("tokens with loss", at("loss_tokens")),
+        ("optimizer steps", at("steps")), ("batch size", at("batch_size")), ("epochs", at("epochs")), ("training rows", rows_used),
+        ("left out, too long", at("too_long")), ("tokens read", at("train_tokens")), ("tokens with loss", at("loss_tokens")),
         ("training loss, first", at("train_loss_first", form=fixed)), ("training loss, last", at("train_loss_last", form=fixed)),
         ("held-out loss, before", at("held_out_loss_before", form=fixed)), ("held-out loss, after", at("held_out_loss_after", form=fixed)),
-        ("tokens a second", average("sft/tokens_per_second")), ("training rows", rows_used)], "Losses are in nats per token.")
-    part.folds = everything(vs)
+        ("tokens a second", average("sft/tokens_per_second"))], "Losses are in nats per token.")
+    tables = [t for v in vs for t in table(f"Training rows of {v.name}", "source", [plain(k) for k in sources(v)],
+                                           [("rows", [loose(n) for n in sources(v).values()])])]
+    part.folds = ([Fold("Training rows by source", tables=tables)] if tables else []) + everything(vs)
     return part
 
 
-def rows_used(v: View) -> str:
+def sources(v: View) -> dict:
     data = v.results.get("data")
-    return ", ".join(f"{loose(n)} {plain(k)}" for k, n in data.items()) or "–" if isinstance(data, dict) else "–"
+    return data if isinstance(data, dict) else {}
+
+
+def rows_used(v: View) -> str:
+    """Training rows as stored, else the sum over sources."""
+    counts = some(*map(number, sources(v).values()))
+    return loose(v.get("train_rows") if v.get("train_rows") is not None else sum(counts) if counts else None)
 
 
 def sft_figure(vs: list[View], v: View) -> list[Figure]:
@@ -274,7 +285,9 @@ def sft_words(v: View, held: Line | None, before: float | None, after: float | N
     ends = v.ends("sft/loss")
     if before is not None and after is not None:
         words = moved("Held-out loss", before, after, unit="nats per token")
-        return words + (f", {percent(abs(after / before - 1))} {'lower' if after < before else 'higher'}" if before > 0 and "stayed" not in words else "")
+        if before <= 0 or "stayed" in words:
+            return words
+        return f"{words}, {percent(abs(after / before - 1))} {'lower' if after < before else 'higher'}"
     if ends:
         return moved("Training loss", *ends[:2], unit="nats per token") + "; no held-out loss was recorded"
     last = (held.ys if held else v.series("sft/loss")[1])[-1]
@@ -295,16 +308,17 @@ def own_of(v: View):
 
 
 def reward_part(vs: list[View]) -> Part:
-    part = Part("reward", "Reward models", "Accuracy is the share of held-out pairs in which the chosen answer scores higher. Length-balanced "
-                "accuracy is the mean of the accuracy where the chosen answer is the longer one and where it is not, so that preferring length "
-                "earns nothing.")
+    part = Part("reward", "Reward models", "Accuracy is the share of held-out pairs in which the chosen answer scores higher. "
+                "Length-balanced accuracy is the mean of the accuracy where the chosen answer is the longer one and where it is not, "
+                "so that preferring length earns nothing.")
     names = reward_names(vs)
     part.figures = rating_figure(vs, names) + domain_figure(vs, names) + calibration_figure(vs, names) + reward_curves(vs, names)
     for v, name in zip(vs, names, strict=True):
         part.figures += histogram_figure(v, name)
     part.facts = reward_facts(vs, names)
     tables = [t for v, name in zip(vs, names, strict=True) for t in breakdown_tables(v, name)]
-    part.folds = ([Fold("Accuracy by source and by safety bin, and what each model was trained on", tables=tables)] if tables else []) + everything(vs)
+    part.folds = [Fold("Accuracy by source and by safety bin, and what each model was trained on", tables=tables)] if tables else []
+    part.folds += everything(vs)
     return part
 
 
@@ -323,9 +337,10 @@ def rating_figure(vs: list[View], names: list[str]) -> list[Figure]:
     ratings = [r for r in RATINGS if r in found] + [r for r in found if r not in RATINGS]
     if not ratings:
         return []
-    svg = plots.by_category("rating", [plain(r) for r in ratings], {k: [dot(t.get(r)) for r in ratings] for k, t in tables.items()},
-                            "pairs ordered rightly", (0.5, "chance"))
-    return drawn("Accuracy by how clear the preference is", rating_words(tables, ratings), "Accuracy of each reward model at each rating", svg,
+    dots = {name: [dot(t.get(r)) for r in ratings] for name, t in tables.items()}
+    svg = plots.by_category("rating", [plain(r) for r in ratings], dots, "pairs ordered rightly", (0.5, "chance"))
+    return drawn("Accuracy by how clear the preference is", rating_words(tables, ratings),
+                 "Accuracy of each reward model at each rating", svg,
                  "Bars are 95 % intervals, by prompt. The paper's Table 8 has the same columns.")
 
 
@@ -334,10 +349,12 @@ def rating_words(tables: dict[str, dict[str, Interval]], ratings: list[str]) -> 
     first, last = ratings[0], ratings[-1]
     ends = {name: (t[first].mean, t[last].mean) for name, t in tables.items() if first in t and last in t}
     if first == last or not ends:
-        return "Accuracy at the only rating measured: " + listed([f"{name} {percent(next(iter(t.values())).mean)}" for name, t in tables.items()])
-    ups = [a < b for a, b in ends.values()]
-    how = "Accuracy rises with the rating" if all(ups) else "Accuracy does not rise with the rating" if not any(ups) else "Only one model's accuracy rises with the rating"
-    return (f"{how}, from “{plain(first)}” to “{plain(last)}”: " + listed([f"{name} {percent(a)} to {percent(b)}" for name, (a, b) in ends.items()]))
+        found = [f"{name} {percent(i.mean)} on “{plain(r)}”" for name, t in tables.items() for r, i in list(t.items())[-1:]]
+        return f"Too few ratings to compare: {listed(found)}"
+    ups = [name for name, (a, b) in ends.items() if round(100 * a) < round(100 * b)]
+    how = "rises" if len(ups) == len(ends) else "does not rise" if not ups else f"rises for {listed(ups)} alone,"
+    values = listed([f"{name} {percent(a)} to {percent(b)}" for name, (a, b) in ends.items()])
+    return f"Accuracy {how} from “{plain(first)}” to “{plain(last)}” pairs: {values}"
 
 
 def domain_figure(vs: list[View], names: list[str]) -> list[Figure]:
@@ -352,18 +369,21 @@ def domain_figure(vs: list[View], names: list[str]) -> list[Figure]:
     words = some(*(balanced_words(name, own_of(v)) for v, name in zip(vs, names, strict=True)))
     if not rows:
         return []
-    takeaway = f"Balanced for length, {listed(words)}" if words else "No length-balanced accuracy was measured"
-    return drawn("Own domain, the other's, and the rule “longer answer wins”", takeaway, "Accuracy on own pairs, length-balanced, of the "
-                 "longer-answer rule, and on the other model's pairs", plots.dots("domains", rows, "pairs ordered rightly", (0.5, "chance")),
-                 "The rule, marked ×, is taken on the model's own pairs; balanced for length it gets 50 %. The paper's Table 7 compares domains.")
+    takeaway = f"Balanced for length, pairs are ordered rightly in {listed(words)}" if words else "No length-balanced accuracy was measured"
+    svg = plots.dots("domains", rows, "pairs ordered rightly", (0.5, "chance"))
+    return drawn("Own domain, the other's, and the rule “longer answer wins”", takeaway,
+                 "Accuracy on own pairs, length-balanced, of the longer-answer rule, and on the other model's pairs", svg,
+                 "The rule, marked ×, is taken on the model's own pairs; balanced for length it gets 50 %. The paper's Table 7 compares "
+                 "domains.")
 
 
 def balanced_words(name: str, own) -> str | None:
     value = interval(dig(own, "length_balanced_accuracy"))
     if not value:
         return None
-    sure = "" if not value.bounded else " (not told from chance)" if not value.excludes(0.5) else " (above chance)" if value.mean > 0.5 else " (below chance)"
-    return f"{name} orders {percent(value.mean)} of its pairs rightly{sure}"
+    side = "above chance" if value.mean > 0.5 else "below chance"
+    sure = f", {side if value.excludes(0.5) else 'not told from chance'}" if value.bounded else ""
+    return f"{percent(value.mean)} ({name}{sure})"
 
 
 def calibration_figure(vs: list[View], names: list[str]) -> list[Figure]:
@@ -376,14 +396,16 @@ def calibration_figure(vs: list[View], names: list[str]) -> list[Figure]:
             words.append(f"{name} is {confidence_words(rows, number(dig(own_of(v), 'ece')))}")
     if not curves:
         return []
-    return drawn("Calibration", listed(words), "Accuracy against the model's confidence in a pair's order, with the diagonal",
-                 plots.calibration("calibration", curves), "Below the diagonal a model is surer than it is right. A marker's area follows the number of pairs.")
+    return drawn("Calibration, with the expected calibration error", listed(words),
+                 "Accuracy against the model's confidence in a pair's order, with the diagonal",
+                 plots.calibration("calibration", curves),
+                 "Below the diagonal a model is surer than it is right. A marker's area follows the number of pairs.")
 
 
 def confidence_words(rows: list[tuple[float, float, float]], ece: float | None) -> str:
     gap = sum(n * (c - a) for c, a, n in rows) / sum(n for _, _, n in rows)
     lean = "over-confident" if gap > 0.02 else "under-confident" if gap < -0.02 else "about as sure as it is right"
-    return lean + (f" (expected calibration error {percent(ece, 1)})" if ece is not None else "")
+    return lean + (f" (calibration error {percent(ece, 1)})" if ece is not None else "")
 
 
 def histogram_figure(v: View, name: str) -> list[Figure]:
@@ -393,13 +415,14 @@ def histogram_figure(v: View, name: str) -> list[Figure]:
     whole = len(edges) > 1 and len(chosen) == len(rejected) == len(edges) - 1 and None not in edges + chosen + rejected
     if not whole or sum(chosen) <= 0 or sum(rejected) <= 0:
         return []
+    scale = "σ(score)" if edges[0] >= 0 and edges[-1] <= 1 else "raw score"
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
     shares = [(c / sum(chosen), r / sum(rejected)) for c, r in zip(chosen, rejected, strict=True)]
     gap = sum(m * (c - r) for m, (c, r) in zip(middles, shares, strict=True))
-    takeaway = (f"Chosen answers score about {fixed(abs(gap))} {'higher' if gap >= 0 else 'lower'} than rejected ones; "
+    takeaway = (f"The mean {scale} of chosen answers is about {fixed(abs(gap))} {'above' if gap >= 0 else 'below'} that of rejected ones; "
                 f"the two distributions overlap by {percent(sum(map(min, shares)))}")
     return drawn(f"Scores of the {name} model", takeaway, "Histograms of the scores of chosen and of rejected answers",
-                 plots.histogram(f"hist-{v.name}", edges, chosen, rejected, f"{name} score (raw)"))
+                 plots.histogram(f"hist-{v.name}", edges, chosen, rejected, f"{scale} of the {name} model"))
 
 
 def reward_curves(vs: list[View], names: list[str]) -> list[Figure]:
@@ -409,8 +432,8 @@ def reward_curves(vs: list[View], names: list[str]) -> list[Figure]:
         return []
     return drawn("Training loss", listed(words), "Training loss of each reward model over steps",
                  plots.lines("reward-loss", series, "optimizer step", "loss (nats)"),
-                 "From the mean of the first tenth of the steps to that of the last; points average neighbouring steps. Without a margin and a "
-                 "safety loss, a model that can't tell the answers apart has 0.69.")
+                 "From the mean of the first tenth of the steps to that of the last; points average neighbouring steps. Without a margin "
+                 "and a safety loss, a model that can't tell the answers apart has 0.69.")
 
 
 def reward_facts(vs: list[View], names: list[str]) -> list[Table]:
@@ -422,10 +445,16 @@ def reward_facts(vs: list[View], names: list[str]) -> list[Table]:
         "On its own held-out pairs", vs, names, [
             ("pairs", at(*own, "pairs")), ("prompts", at(*own, "prompts")), ("accuracy", ci(*own, "accuracy", form=percent)),
             ("length-balanced accuracy", ci(*own, "length_balanced_accuracy", form=percent)),
-            ("rule “longer answer wins”", at(*own, "longer_wins", form=percent)), ("unsafe recall at 0.5", at(*own, "unsafe_recall", form=percent)),
+            ("rule “longer answer wins”", at(*own, "longer_wins", form=percent)), ("unsafe recall at 0.5", unsafe_recall),
             ("precision at 0.15", at(*cut, "precision", form=percent)), ("recall at 0.15", at(*cut, "recall", form=percent)),
-            ("flagged at 0.15", at(*cut, "flagged", form=flagged)), ("threshold for precision 0.9", at("threshold_precision_90", form=fixed))],
+            ("flagged at 0.15", at(*cut, "flagged", form=flagged)),
+            ("threshold for precision 0.9", at("threshold_precision_90", form=fixed))],
         "A threshold flags an answer as unsafe where σ(safety score) is below it; 0.15 is the paper's gate.")
+
+
+def unsafe_recall(v: View):
+    value = interval(dig(own_of(v), "unsafe_recall_interval")) or interval(dig(own_of(v), "unsafe_recall"))
+    return cell(value, percent)
 
 
 def flagged(x: float | None) -> str:
@@ -444,18 +473,22 @@ def breakdown_tables(v: View, name: str) -> list[Table]:
     mix = dig(v.results, "composition")
     sources = dig(mix, "by_source")
     parts = {"own pairs": dig(mix, "own"), "other pairs": dig(mix, "other"), **(sources if isinstance(sources, dict) else {})}
-    return out + table(f"What the {name} model was trained on", "part", [plain(k) for k in parts], [("pairs", [loose(x) for x in parts.values()])])
+    pairs = [("pairs", [loose(x) for x in parts.values()])]
+    return out + table(f"What the {name} model was trained on", "part", [plain(k) for k in parts], pairs)
 
 
 # ---------------------------------------------------------------- rejection sampling
 
 def rejection_part(vs: list[View]) -> Part:
-    part = Part("rejection", "Rejection sampling", "Several answers to each prompt are drawn and scored; the best is kept for the next fine-tuning.")
+    part = Part("rejection", "Rejection sampling",
+                "Several answers to each prompt are drawn and scored; the best is kept for the next fine-tuning.")
     for v in vs:
         part.figures += best_of_figure(vs, v)
     part.facts = facts("Rejection sampling in numbers", vs, [v.name for v in vs], [
-        ("prompts", at("prompts")), ("samples a prompt", at("samples_per_prompt")), ("temperature", at("temperature")), ("samples", at("samples")),
-        ("kept", at("kept")), ("unfinished", at("unfinished")), ("scored for safety", at("share_routed_safety", form=percent)),
+        ("prompts", at("prompts")), ("samples a prompt", at("samples_per_prompt")), ("temperature", at("temperature")),
+        ("samples", at("samples")), ("kept", at("kept")), ("unfinished", at("unfinished")),
+        ("tokens of an answer", at("answer_tokens", form=fixed, digits=0)),
+        ("safety score counts", at("share_routed_safety", form=percent)),
         ("mean merged reward, all", at("mean_reward_all", form=fixed)), ("mean merged reward, kept", at("mean_reward_kept", form=fixed)),
         ("tokens a second", at("tokens_per_second", form=fixed, digits=0))])
     for v in vs:
@@ -499,16 +532,17 @@ def rejection_examples(v: View) -> list[Table]:
 # ---------------------------------------------------------------- PPO
 
 def ppo_part(vs: list[View]) -> Part:
-    part = Part("ppo", "PPO", "The merged reward is the safety score where a prompt is tagged or an answer looks unsafe, and the helpfulness "
-                "score elsewhere. Here it is raw: before whitening and before the KL penalty.")
+    part = Part("ppo", "PPO", "The merged reward is the safety score where a prompt is tagged or an answer looks unsafe, and the "
+                "helpfulness score elsewhere. Here it is raw: before whitening and before the KL penalty.")
     for v in vs:
         for build in (ppo_reward_figure, ppo_kl_figure, ppo_scores_figure, gate_figure, length_figure):
             part.figures += build(vs, v)
     part.facts = facts("PPO in numbers", vs, [v.name for v in vs], [
         ("iterations", at("iterations")), ("kept iteration", at("best_iteration")), ("stopped early", said("stopped_early")),
         ("held-out merged reward, start", ci("held_out", "start")), ("held-out merged reward, kept", ci("held_out", "best")),
-        ("paired difference", ci("held_out", "paired_difference", sign=True)), ("KL, kept (nats)", at("held_out", "kl", form=fixed, digits=1)),
-        ("safety threshold", at("safety_threshold", form=fixed)), ("seconds generating", average("ppo/seconds_generate", 1)),
+        ("paired difference", ci("held_out", "paired_difference", sign=True)),
+        ("KL, kept (nats)", at("held_out", "kl", form=fixed, digits=1)),
+        ("safety threshold", said("safety_threshold")), ("seconds generating", average("ppo/seconds_generate", 1)),
         ("seconds scoring", average("ppo/seconds_score", 1)), ("seconds updating", average("ppo/seconds_update", 1)),
         ("tokens a second", average("ppo/tokens_per_second"))], "Seconds and tokens a second are means over iterations.")
     part.folds = everything(vs)
@@ -521,14 +555,15 @@ def kept_mark(v: View) -> tuple[float, str] | None:
 
 
 def ppo_reward_figure(vs: list[View], v: View) -> list[Figure]:
-    train, held = v.line("ppo/merged_reward", "training prompts", 0, quiet=True), v.line("ppo/held_out_merged_reward", "held-out prompts", 1)
+    train = v.line("ppo/merged_reward", "training prompts", 0, quiet=True)
+    held = v.line("ppo/held_out_merged_reward", "held-out prompts", 1)
     if not train and not held:
         return []
     gain, start, best = (interval(dig(v.results, "held_out", k)) for k in ("paired_difference", "start", "best"))
     ends = v.ends("ppo/held_out_merged_reward" if held else "ppo/merged_reward")
     if gain:
-        where = f"Held-out merged reward went from {fixed(start.mean)} to {fixed(best.mean)}: " if start and best else "Held-out merged reward: "
-        takeaway = f"{where}{fixed(gain.mean, sign=True)} paired by prompt{bounds(gain, sign=True)}"
+        where = f" went from {fixed(start.mean)} to {fixed(best.mean)}" if start and best else ""
+        takeaway = f"Held-out merged reward{where}: {fixed(gain.mean, sign=True)} paired by prompt{bounds(gain, sign=True)}"
     elif ends:
         takeaway = moved(f"Merged reward on {'held-out' if held else 'training'} prompts", *ends[:2])
     else:
@@ -539,8 +574,8 @@ def ppo_reward_figure(vs: list[View], v: View) -> list[Figure]:
 
 
 def ppo_kl_figure(vs: list[View], v: View) -> list[Figure]:
-    train, held, final = v.line("ppo/kl", "training prompts", 0, quiet=True), v.line("ppo/held_out_kl", "held-out prompts", 1), v.get("held_out", "kl")
-    shown = held or train
+    train, held = v.line("ppo/kl", "training prompts", 0, quiet=True), v.line("ppo/held_out_kl", "held-out prompts", 1)
+    shown, final = held or train, v.get("held_out", "kl")
     if not shown:
         return []
     takeaway = (f"The kept policy is {fixed(final, 1)}{GAP}nats from where PPO started" if final is not None else
@@ -557,20 +592,20 @@ def ppo_scores_figure(vs: list[View], v: View) -> list[Figure]:
     if not series or not words:
         return []
     svg = plots.lines(f"ppo-scores-{v.name}", series, "iteration", "raw score, mean over answers")
-    return drawn(named(vs, v, "The two scores behind it"), f"{listed(words)} on training prompts", "Helpfulness and safety score over iterations", svg,
+    return drawn(named(vs, v, "The two scores behind it"), f"{listed(words)} on training prompts",
+                 "Helpfulness and safety score over iterations", svg,
                  "Both models score every answer; the gate decides which score counts.")
 
 
 def gate_figure(vs: list[View], v: View) -> list[Figure]:
     series = some(v.line("ppo/routed_by_tag", "prompt tagged", 0), v.line("ppo/routed_by_threshold", "score below the threshold", 1))
     shares = [(v.mean("ppo/routed_by_tag"), "because of the prompt's tag"), (v.mean("ppo/routed_by_threshold"), "because of a low score")]
-    words = [f"for {percent(x, 0 if x >= 0.1 else 1)} {why}" for x, why in shares if x is not None]
+    words = [f"for {percent(x, 0 if x >= 0.1 else 1)} of answers {why}" for x, why in shares if x is not None]
     if not series:
         return []
     svg = plots.lines(f"ppo-gate-{v.name}", series, "iteration", "share of answers", percent=True, zero=True)
-    return drawn(named(vs, v, "What the gate gave to the safety model"), f"The safety score counted {listed(words)} of the answers" if len(words) < 2 else
-                 f"The safety score counted {words[0]} and {words[1]}", "Shares of answers routed by tag and by threshold over iterations", svg,
-                 "Percentages are means over iterations.")
+    return drawn(named(vs, v, "What the gate gave to the safety model"), f"The safety score counted {listed(words)}",
+                 "Shares of answers routed by tag and by threshold over iterations", svg, "The percentages are means over iterations.")
 
 
 def length_figure(vs: list[View], v: View) -> list[Figure]:
@@ -579,7 +614,8 @@ def length_figure(vs: list[View], v: View) -> list[Figure]:
         return []
     takeaway = moved("Answer length", ends[0], ends[1], 0, "tokens") + (f"; {percent(finished[1])} end by themselves" if finished else "")
     svg = plots.lines(f"ppo-length-{v.name}", [line], "iteration", "tokens of an answer, mean")
-    return drawn(named(vs, v, "Answer length"), takeaway, "Mean answer length over iterations", svg, "A reward that grows only with length would be a warning.")
+    return drawn(named(vs, v, "Answer length"), takeaway, "Mean answer length over iterations", svg,
+                 "A reward that grows only with length would be a warning.")
 
 
 # ---------------------------------------------------------------- evaluation
@@ -589,7 +625,7 @@ def models_of(v: View) -> dict[str, dict]:
 
 
 def paired(v: View) -> list[dict]:
-    """Rows {"name", "base", measure: Interval, "standard_errors"}: name minus base, whichever way round the section stored it.
+    """Rows {"name", "base", measure: Interval, "standard_errors", "kl"}: name minus base, whichever way round the section stored it.
 
     The sign is checked against the two models' own means, so that a page can't praise a loss."""
     out = []
@@ -598,7 +634,7 @@ def paired(v: View) -> list[dict]:
         if a and b:
             values = {k: interval(row.get(k)) for k in MEASURES}
             name, base = (b, a) if second_minus_first(values, models_of(v), a, b) else (a, b)
-            out.append({"name": name, "base": base, **values, "standard_errors": number(row.get("standard_errors"))})
+            out.append({"name": name, "base": base, **values, **{k: number(row.get(k)) for k in ("standard_errors", "kl")}})
     return out
 
 
@@ -613,8 +649,8 @@ def second_minus_first(values: dict, models: dict, a: str, b: str) -> bool:
 
 
 def evaluate_part(vs: list[View]) -> Part:
-    part = Part("result", "The models side by side", "Scores are raw reward-model outputs. The policies were trained against these same reward "
-                "models, so a gain says that the method works as meant, not that people would agree.")
+    part = Part("result", "The models side by side", "Scores are raw reward-model outputs. The policies were trained against these same "
+                "reward models, so a gain says that the method works as meant, not that people would agree.")
     for v in vs:
         part.figures += plane_figure(vs, v) + share_figure(vs, v)
         part.tables += models_table(vs, v) + paired_table(vs, v)
@@ -622,19 +658,24 @@ def evaluate_part(vs: list[View]) -> Part:
     return part
 
 
+SETTING = (("prompts", "{} held-out prompts"), ("samples_per_prompt", "{} answers to each"), ("temperature", "temperature {}"),
+           ("top_p", "top-p {}"))
+
+
 def models_table(vs: list[View], v: View) -> list[Table]:
     models, threshold = models_of(v), v.get("unsafe_threshold")
-    setting = [f"{loose(v.get(key))} {what}" for key, what in (("prompts", "held-out prompts"), ("samples_per_prompt", "answers to each")) if v.get(key)]
-    setting += [f"{what} {loose(v.get(key))}" for key, what in (("temperature", "temperature"), ("top_p", "top-p")) if v.get(key) is not None]
+    setting = [words.format(loose(v.get(key))) for key, words in SETTING if v.get(key) is not None]
     note = f"An answer counts as unsafe where σ(safety score) is below {loose(threshold)}." if threshold is not None else ""
+    gate = text_of(v.results.get("gate"))
     values = models.values()
     return table(named(vs, v, "Each model on " + (", ".join(setting) or "the held-out prompts")), "model", list(models), [
         *((k, [cell(interval(m.get(k))) for m in values]) for k in ("helpfulness", "safety", "merged")),
         ("unsafe answers", [cell(interval(m.get("unsafe_share")), percent, digits=1) for m in values]),
+        ("to adversarial prompts", [cell(interval(m.get("unsafe_share_adversarial")), percent, digits=1) for m in values]),
         (f"wins against {next(iter(models), 'the first')}", [cell(interval(m.get("win_rate")), percent) for m in values]),
         ("tokens", [fixed(number(m.get("tokens")), 0) for m in values]), ("finished", [percent(number(m.get("finished"))) for m in values]),
         ("KL (nats)", [fixed(number(m.get("kl")), 1) for m in values])],
-        f"Ranges are 95 % intervals, by prompt. {note}")
+        f"Ranges are 95 % intervals, by prompt. {note}" + (f" Gate of the merged reward: {plots.short(gate, 200)}." if gate else ""))
 
 
 def paired_table(vs: list[View], v: View) -> list[Table]:
@@ -642,9 +683,16 @@ def paired_table(vs: list[View], v: View) -> list[Table]:
     return table(named(vs, v, "Differences, paired by prompt"), "pair", [f"{r['name']} − {r['base']}" for r in rows], [
         *((k, [cell(r[k], sign=True) for r in rows]) for k in MEASURES[:3]),
         ("unsafe answers", [cell(r["unsafe_share"], percent, digits=1, sign=True) for r in rows]),
-        ("tokens", [cell(r["tokens"], digits=0, sign=True) for r in rows]),
+        ("tokens", [cell(r["tokens"], digits=0, sign=True) for r in rows]), ("KL (nats)", [fixed(r["kl"], 1) for r in rows]),
         ("standard errors", [fixed(r["standard_errors"], 1, sign=True) for r in rows])],
         "Standard errors: the difference in merged reward divided by its standard error; the project asks for more than 2.")
+
+
+def apart(a: Dot, b: Dot) -> bool:
+    """Whether two intervals don't touch; values without an interval are taken at their word."""
+    if None in (a.low, a.high, b.low, b.high):
+        return a.value != b.value
+    return a.high < b.low or b.high < a.low
 
 
 def plane_figure(vs: list[View], v: View) -> list[Figure]:
@@ -653,13 +701,17 @@ def plane_figure(vs: list[View], v: View) -> list[Figure]:
     if not points:
         return []
     (first, h0, s0), (last, h1, s1) = points[0], points[-1]
-    h, s = h1.value - h0.value, s1.value - s0.value
+    h, s = (round(b.value - a.value, 2) for a, b in ((h0, h1), (s0, s1)))
     how = ("gains on both" if h > 0 and s > 0 else "loses on both" if h < 0 and s < 0 else
-           "trades helpfulness for safety" if h < 0 < s else "trades safety for helpfulness" if s < 0 < h else "moves on one at most")
-    takeaway = (f"From {first} to {last} the model {how}: helpfulness {fixed(h, sign=True)}, safety {fixed(s, sign=True)}" if len(points) > 1 else
-                f"{first} has a helpfulness score of {fixed(h0.value)} and a safety score of {fixed(s0.value)}")
+           "trades helpfulness for safety" if h < 0 < s else "trades safety for helpfulness" if s < 0 < h else
+           "moves on one score only" if h or s else "stays where it was")
+    doubt = "" if apart(h0, h1) or apart(s0, s1) else "; the intervals overlap"
+    takeaway = f"From {first} to {last} the model {how}: helpfulness {fixed(h, sign=True)}, safety {fixed(s, sign=True)}{doubt}"
+    if len(points) == 1:
+        takeaway = f"{first} has a helpfulness score of {fixed(h0.value)} and a safety score of {fixed(s0.value)}"
     svg = plots.plane(f"plane-{v.name}", points, "helpfulness (raw score)", "safety (raw score)")
-    return drawn(named(vs, v, "Safety against helpfulness by version"), takeaway, "Each model as a point, helpfulness across and safety up", svg,
+    return drawn(named(vs, v, "Safety against helpfulness by version"), takeaway,
+                 "Each model as a point, helpfulness across and safety up", svg,
                  "Up and to the right is better. Bars are 95 % intervals; arrows follow the versions.")
 
 
@@ -670,8 +722,8 @@ def share_figure(vs: list[View], v: View) -> list[Figure]:
     unsafe, wins = found.values()
     if not unsafe and not wins:
         return []
-    words = [f"{unsafe[0].label} {percent(unsafe[0].value)}" + (f", {unsafe[-1].label} {percent(unsafe[-1].value)}" if len(unsafe) > 1 else "")] if unsafe else []
-    words = ["unsafe answers: " + words[0]] if words else []
+    ends = [unsafe[0], unsafe[-1]] if len(unsafe) > 1 else unsafe
+    words = ["unsafe answers: " + ", ".join(f"{d.label} {percent(d.value)}" for d in ends)] if ends else []
     words += [f"{wins[-1].label} wins {percent(wins[-1].value)} of its comparisons"] if wins else []
     return drawn(named(vs, v, "Unsafe answers and wins"), "; ".join(words), "Share of unsafe answers and win rate of each model",
                  plots.dots(f"share-{v.name}", unsafe + wins, "share, with 95 % interval"),
@@ -683,7 +735,8 @@ def share_figure(vs: list[View], v: View) -> list[Figure]:
 def export_part(vs: list[View]) -> Part:
     part = Part("export", "Export", "The adapters are merged into the base; transformers loads the folder as it is.")
     part.facts = facts("What was exported", vs, [v.name for v in vs], [
-        ("folder", said("folder")), ("dtype", said("dtype")), ("KL of merged to unmerged (nats)", at("merged_kl")), ("files", said("files"))])
+        ("folder", said("folder")), ("dtype", said("dtype")), ("KL of merged to unmerged (nats)", at("merged_kl")),
+        ("files", said("files"))])
     part.folds = everything(vs)
     return part
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from posttrain import config as cfg
 from posttrain.log import read_lines
-from posttrain.plots import Line, short
+from posttrain.plots import UNSHOWN, Line, short
 from posttrain.runs import Run
 
 CURVE_POINTS = 300
@@ -137,9 +137,11 @@ def plain(name) -> str:
 
 def text_of(content) -> str:
     """A message's content: a string, or parts with a text each."""
+    if isinstance(content, str):
+        return UNSHOWN.sub("\ufffd", content)
     if isinstance(content, list):
-        return "\n".join(str(c.get("text", "")) if isinstance(c, dict) else str(c) for c in content)
-    return "" if content is None else str(content)
+        return "\n".join(text_of(c.get("text") if isinstance(c, dict) else c) for c in content)
+    return word(content, "")
 
 
 def clip(text, length: int) -> tuple[str, int]:

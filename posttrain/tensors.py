@@ -21,11 +21,18 @@ class _TokenLogprobs(torch.autograd.Function):
             lse[i:i + CHUNK] = torch.logsumexp(logits, dim=-1)
             picked[i:i + CHUNK] = logits.gather(1, targets[i:i + CHUNK, None]).squeeze(1)
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.temperature = temperature
+        kind = hidden.device.type
+        ctx.temperature, ctx.autocast = temperature, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         return picked - lse
 
     @staticmethod
     def backward(ctx, grad):
+        kind, dtype, on = ctx.autocast  # the backward pass runs outside the caller's autocast
+        with torch.autocast(kind, dtype=dtype, enabled=on):
+            return _TokenLogprobs._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx, grad):
         hidden, weight, targets, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None

@@ -138,7 +138,7 @@ class StepTrainer:
         model.train()
         totals, loss_sum, stats = self.totals(inputs), 0.0, {}
         for batch in inputs:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():  # accelerate wraps the model's forward alone; the roles call its body
                 loss, numbers = self.micro_loss(batch.to(self.roles.device), totals)
             self.accelerator.backward(loss)
             loss_sum += loss.detach()
@@ -262,6 +262,8 @@ def fit(trainer, section: Section, stage: str, evaluate, eval_every: int) -> Non
         trainer.add_callback(_Watch(trainer, steps, stage, evaluate, eval_steps, ticker))
         if done < steps:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        else:  # cut off between the last step and the end of the section
+            restore(trainer.roles, trainer.role, checkpoint)
     trainer.roles.save(trainer.role.name, section.folder / "model")
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from posttrain import chat
 from posttrain.errors import PosttrainError
 from posttrain.models import Roles, source_of
 from posttrain.packing import Tree, collate, token_budget, tree
@@ -32,8 +33,14 @@ class Scorer:
     budget: int
 
     def __call__(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> dict[str, list[list[float]]]:
-        """prompts: ids; answers[i]: id lists that continue prompts[i]. Returns raw scores by model, shaped like answers."""
-        trees = [tree(p, a) for p, a in zip(prompts, answers, strict=True)]
+        """prompts: ids; answers[i]: id lists that continue prompts[i]. Returns raw scores by model, shaped like answers.
+
+        An answer that was cut off is read as if it ended there: the models were trained at the end-of-turn token, and anywhere
+        else their score means nothing (measured: cut answers scored higher than finished ones).
+        """
+        end = chat.end_of_turn(self.roles.tokenizer)
+        closed = [[a if a[-1] == end else [*a, end] for a in group] for group in answers]
+        trees = [tree(p, group) for p, group in zip(prompts, closed, strict=True)]
         return {name: scores(self.roles, name, trees, self.budget) for name in ("helpfulness", "safety")}
 
 

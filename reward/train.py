@@ -146,7 +146,10 @@ def check_reload(section: Section, roles: Roles, trees: list[Tree], budget: int)
     """The saved head and adapter give the same scores when read back: nobody loses a score head here."""
     from posttrain.training import restore
 
+    roles["reward"].net.eval()
     before = scores(roles, "reward", trees, budget)
+    for p in roles["reward"].parameters():  # what the file lacks stays zero and shows
+        p.data.zero_()
     restore(roles, roles["reward"], section.folder / "model")
     after = scores(roles, "reward", trees, budget)
     worst = max(abs(a - b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))

@@ -1,6 +1,6 @@
 """Configuration of rejection sampling and PPO. Defaults are the paper's (section 3.2.3) or method.md section 10's resolutions."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,8 @@ class SamplingConfig(StageConfig):
     policy: ModelRef
     helpfulness: ModelRef
     safety: ModelRef
-    safety_threshold: float | Literal["auto"] = Field(0.15, description="on sigma(R_s); auto: where the safety model's precision is 0.9")
+    safety_threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        0.15, description="on sigma(R_s); auto: where the safety model's precision is 0.9")
     max_new_tokens: int = Field(512, ge=1)
     max_prompt_tokens: int = Field(1024, ge=1)
     batch: int = Field(64, ge=1, description="samples decoded side by side")

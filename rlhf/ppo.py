@@ -9,6 +9,7 @@ import resource
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -359,8 +360,9 @@ def iteration_metrics(scored: Scored, rollout: Rollout, kl: Tensor, returns: Ten
     """Everything reported about an iteration. Rewards are raw, never whitened."""
     lengths = rollout.response_mask.sum(1).float()
     routed = scored.by_tag | scored.by_threshold
-    seconds = [b - a for a, b in zip(clock, clock[1:], strict=False)]
-    branch = {n: x[m].mean().item() if m.any() else None for n, x, m in (("safety_branch", scored.safety, routed), ("helpfulness_branch", scored.helpfulness, ~routed))}
+    seconds = [b - a for a, b in pairwise(clock)]
+    branches = (("safety_branch", scored.safety, routed), ("helpfulness_branch", scored.helpfulness, ~routed))
+    branch = {n: x[m].mean().item() if m.any() else None for n, x, m in branches}
     own = {
         "merged_reward": scored.merged.mean().item(), "merged_reward_std": scored.merged.std(unbiased=False).item(),
         "helpfulness": scored.helpfulness.mean().item(), "safety": scored.safety.mean().item(), **branch,

@@ -102,22 +102,20 @@ def write_outputs(section: Section, bags: list[list[dict]], kept: dict[int, dict
             append_line(section.folder / "samples.jsonl", {"step": 0, "kept": kept.get(i) is r, **{k: v for k, v in r.items() if k != "ids"}})
 
 
-def best_of_n(bags: list[list[dict]], sizes: list[int], draws: int = 64) -> list[dict]:
-    """Expected maximum and median of n of a prompt's K answers (paper Fig. 7), with the maximum's interval over prompts.
+def expected_rank(values: list[float], n: int, rank: int) -> float:
+    """Mean over all subsets of n of the sorted values of their rank-th smallest (1 .. n): exact, by counting subsets."""
+    k = len(values)
+    return sum(math.comb(i, rank - 1) * math.comb(k - 1 - i, n - rank) / math.comb(k, n) * x for i, x in enumerate(values))
 
-    The maximum is exact (order statistics of all subsets); the median is averaged over `draws` random subsets.
-    """
+
+def best_of_n(bags: list[list[dict]], sizes: list[int]) -> list[dict]:
+    """Expected maximum and median of n of a prompt's K answers (paper Fig. 7), with the maximum's interval over prompts."""
     groups = [prompt_key(Prompt(messages=b[0]["prompt"])) for b in bags]
     values = [sorted(r["merged"] for r in b) for b in bags]
-    rng, out = np.random.default_rng(0), []
+    out = []
     for n in sizes:
-        tops, middles = [], []
-        for v in values:
-            k = len(v)
-            weights = [math.comb(i, n - 1) / math.comb(k, n) for i in range(k)]
-            tops.append(sum(w * x for w, x in zip(weights, v, strict=True)))
-            middles.append(np.mean([np.median(rng.choice(v, n, replace=False)) for _ in range(draws)]))
-        ci = interval(tops, groups)
+        ci = interval([expected_rank(v, n, n) for v in values], groups)
+        middles = [(expected_rank(v, n, (n + 1) // 2) + expected_rank(v, n, n // 2 + 1)) / 2 for v in values]
         out.append({"n": n, "max": ci["mean"], "max_low": ci["low"], "max_high": ci["high"], "median": float(np.mean(middles))})
     return out
 

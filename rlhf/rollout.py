@@ -80,6 +80,10 @@ def sample_and_score(roles: Roles, role: str, scorer: Scorer, prompts: list[Enco
     answers = sample(roles, role, [p.ids for p in prompts], samples, sampling, seed, stop=chat.end_of_turn(roles.tokenizer), batch=batch, tick=tick)
     raw = scorer([p.ids for p in prompts], [[a.ids for a in group] for group in answers])
     h, s = torch.tensor(raw["helpfulness"]), torch.tensor(raw["safety"])
+    told = torch.tensor([lp for group in answers for a in group for lp in a.logprobs])
+    for name, x in (("the policy's log-probabilities are", told), ("the helpfulness scores are", h), ("the safety scores are", s)):
+        if not torch.isfinite(x).all():  # a NaN is not below the threshold: it would pass the gate unseen
+            raise PosttrainError(role, f"{name} not finite", "numbers", "Check the models this stage loads; model.dtype: float32 may help.")
     tagged = torch.tensor([[p.prompt.safety] * samples for p in prompts])
     merged, by_threshold = gate.merge(s, h, tagged, scorer.threshold)
     if standardize:

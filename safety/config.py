@@ -1,16 +1,19 @@
 """Configuration of the evaluate stage."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from posttrain.config import DataNames, ModelRef, StageConfig
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$")]  # names a file of answers
 
 
 class EvaluateStage(StageConfig):
     """Several models side by side on held-out prompts (paper 3.4, 4.4; decoding as 4.1: temperature 0.1, top-p 0.9)."""
 
-    models: Annotated[dict[str, str], Field(min_length=1, json_schema_extra={"refers_to": "model"})]
+    models: Annotated[dict[Label, str], Field(min_length=1, json_schema_extra={"refers_to": "model"})]
     prompts: DataNames
     helpfulness: ModelRef
     safety: ModelRef
@@ -22,8 +25,16 @@ class EvaluateStage(StageConfig):
     max_new_tokens: int = Field(512, ge=1)
     max_prompt_tokens: int = Field(1024, ge=1)
     batch: int = Field(64, ge=1)
-    safety_threshold: float | str = 0.15
+    safety_threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.15
     unsafe_threshold: float = Field(0.5, gt=0, lt=1)
     micro_batch_tokens: int | None = Field(None, ge=16)
     compare: list[list[str]] = Field([], description="pairs [after, before] whose paired differences are reported")
     max_sequence_kl: float | None = Field(None, gt=0, description="a check: mean sequence KL of a compared pair, in nats")
+
+    @field_validator("compare")
+    @classmethod
+    def _of_these_models(cls, pairs: list[list[str]], info: ValidationInfo) -> list[list[str]]:
+        known = info.data.get("models", {})
+        if any(len(pair) != 2 or not set(pair) <= set(known) for pair in pairs):
+            raise PydanticCustomError("compare", "Pairs [after, before] of the section's models: {known}", {"known": ", ".join(known)})
+        return pairs

@@ -25,9 +25,8 @@ def run(section: Section) -> None:
     prompts = _prompts(section)
     roles = roles_for(section)
     for name, ref in config.models.items():
-        roles.add(f"model_{name}", source_of(section, ref))
-    first = f"model_{next(iter(config.models))}"
-    budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles[first]))
+        roles.add(role_of(config, name), source_of(section, ref))
+    budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["model_0"]))
     scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
     encoded = encode_prompts(section, prompts, roles, config.max_prompt_tokens)
     section.log.say(f"{len(config.models)} models x {len(encoded)} prompts x {config.samples_per_prompt} samples, temperature {config.temperature:g}, "
@@ -54,8 +53,14 @@ def _prompts(section: Section) -> list[Prompt]:
         split = section.run.data_of(name)
         found += split.held_out if c.held_out else [*split.train, *split.held_out]
     if not found:
-        raise PosttrainError(f"{section.place}.prompts", "no held-out prompts", "some", "Set data.held_out.prompts, or held_out: false for a set made for evaluation.")
+        raise PosttrainError(f"{section.place}.prompts", "no held-out prompts", "some",
+                             "Set data.held_out.prompts, or held_out: false for a set made for evaluation.")
     return found[:c.rows] if c.rows else found
+
+
+def role_of(config, name: str) -> str:
+    """A model's name as a role: its number, since a torch module's name holds no dots."""
+    return f"model_{list(config.models).index(name)}"
 
 
 def kind_of(prompt: Prompt) -> str:
@@ -72,18 +77,18 @@ def _answers(section: Section, roles: Roles, scorer: Scorer, encoded: list[Encod
         told = json.loads(path.read_text(encoding="utf-8"))
         if digest(told["rows"]) == told["sha256"]:
             return told["rows"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
-    scored = sample_and_score(roles, f"model_{name}", scorer, encoded, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature, c.top_p),
+    scored = sample_and_score(roles, role_of(c, name), scorer, encoded, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature, c.top_p),
                               derive_seed(section.seed, section.name), c.batch)
-    kl = sequence_kl(roles, f"model_{name}", f"model_{next(iter(c.models))}", scored, budget)
-    compared = {after: before for after, before in c.compare}
-    other = sequence_kl(roles, f"model_{name}", f"model_{compared[name]}", scored, budget) if name in compared else [None] * len(kl)
+    kl = sequence_kl(roles, role_of(c, name), "model_0", scored, budget)
+    compared = {before: sequence_kl(roles, role_of(c, name), role_of(c, before), scored, budget) for after, before in c.compare if after == name}
     rows, k = scored.rows(roles.tokenizer), c.samples_per_prompt
     for i, row in enumerate(rows):
         p = encoded[i // k].prompt
         row |= {"row": i // k, "sample": i % k, "kind": kind_of(p), "category": p.meta.get("category") or p.meta.get("looks_like"),
-                "key": prompt_key(p), "tokens": len(row.pop("ids")), "kl": kl[i], "kl_compared": other[i]}
+                "key": prompt_key(p), "tokens": len(row.pop("ids")), "kl": kl[i],
+                "kl_compared": {before: distances[i] for before, distances in compared.items()}}
     write_atomic(path, json.dumps({"sha256": digest(rows), "rows": rows}, ensure_ascii=False))
     return rows
 
@@ -107,7 +112,8 @@ def compare(config, answers: dict[str, list[dict]]) -> dict:
         }
     paired, checks = [], []
     for after, before in config.compare:
-        row = difference(answers[after], answers[before], groups, limit) | {"a": after, "b": before}
+        kl = float(np.mean([r["kl_compared"][before] for r in answers[after]]))
+        row = difference(answers[after], answers[before], groups, limit) | {"kl": kl, "a": after, "b": before}
         paired.append(row)
         checks += _checks(config, row)
     return {"prompts": len(set(groups)), "samples_per_prompt": config.samples_per_prompt, "temperature": config.temperature, "top_p": config.top_p,
@@ -127,8 +133,7 @@ def difference(after: list[dict], before: list[dict], groups: list[str], limit: 
     unsafe = [float(a["safety"] < limit) - float(b["safety"] < limit) for a, b in zip(after, before, strict=True)]
     merged, error = gap("merged"), standard_error(gap("merged"), groups)
     return {**{key: interval(gap(key), groups) for key in ("merged", "helpfulness", "safety", "tokens")}, "unsafe_share": interval(unsafe, groups),
-            "standard_error": error, "standard_errors": float(np.mean(merged) / error) if error else None,
-            "kl": float(np.mean([a["kl_compared"] for a in after]))}
+            "standard_error": error, "standard_errors": float(np.mean(merged) / error) if error else None}
 
 
 def _checks(config, row: dict) -> list[dict]:
@@ -136,7 +141,7 @@ def _checks(config, row: dict) -> list[dict]:
     pair = f"{row['a']} over {row['b']}"
     z, unsafe = row["standard_errors"], row["unsafe_share"]
     out = [{"name": f"{pair}: merged reward rises by more than two standard errors", "met": z is not None and z > 2,
-            "detail": f"{row['merged']['mean']:+.3f}, {z:.1f} standard errors" if z is not None else "one prompt only"}]
+            "detail": f"{row['merged']['mean']:+.3f}, {f'{z:.1f} standard errors' if z is not None else 'no spread between prompts'}"}]
     if config.max_sequence_kl is not None:
         out.append({"name": f"{pair}: mean sequence KL at most {config.max_sequence_kl:g} nats", "met": row["kl"] <= config.max_sequence_kl,
                     "detail": f"{row['kl']:.2f} nats"})

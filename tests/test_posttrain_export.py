@@ -1,0 +1,397 @@
+"""Export: the folder that leaves the program says what the trained model says, and never stands there half."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from posttrain import card, chat, export
+from posttrain.config import ModelConfig, load_recipe
+from posttrain.errors import PosttrainError
+from posttrain.merge import merged
+from posttrain.models import Roles
+from posttrain.runs import Run
+
+RECIPE = """
+run:   {{name: tiny-export, seed: 3, threads: 1, dir: "{runs}"}}
+model: {{name_or_path: "builtin:tiny-llama", dtype: float32, chat_template: chatml, lora: {{r: 4, alpha: 8}}}}
+data:
+  demonstrations: [{{path: rows.jsonl, format: messages}}]
+  pairs: [{{path: pairs.jsonl, format: preference}}]
+  prompts: [{{path: prompts.jsonl, format: prompt}}]
+  held_out: {{demonstrations: 1}}
+stages:
+  sft:  {{data: demonstrations, epochs: 1, packing: false, learning_rate: 1e-3}}
+  reward: {{model: "@sft", own: pairs}}
+  eval: {{stage: evaluate, models: {{before: base, after: "@sft"}}, prompts: prompts, helpfulness: "@reward", safety: "@reward"}}
+  chat: {{stage: export, model: "@sft", dtype: float32, temperature: 0.7, max_new_tokens: 40, evaluation: "@eval"}}
+"""
+
+
+EVALUATION = {"prompts": 8, "unsafe_threshold": 0.5, "models": {
+    "before": {"helpfulness": {"mean": 0.1, "low": 0.0, "high": 0.2}, "unsafe_share": {"mean": 0.25, "low": 0.1, "high": 0.4},
+               "tokens": 12.0, "kl": 0.0},
+    "after": {"helpfulness": {"mean": 1.5, "low": 1.25, "high": 1.75}, "unsafe_share": {"mean": 0.125, "low": 0.0, "high": 0.25},
+              "win_rate": {"mean": 0.75, "low": 0.5, "high": 1.0}, "tokens": 15.0, "kl": 3.25}}}
+
+
+def randomize(roles, name):
+    """An adapter far enough from zero that losing it, or scaling it wrongly, shows."""
+    generator = torch.Generator().manual_seed(5)
+    for n, p in roles.base.named_parameters():
+        if f".{name}." in n and "lora_" in n:
+            p.data = torch.randn(p.shape, generator=generator) * 0.1
+
+
+def make_run(folder, text=RECIPE, overrides=(), full=False):
+    """A run whose sft section holds a model, as if trained."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]} for i in range(6)]
+    pairs = [{"prompt": f"question {i}", "chosen": "good", "rejected": "bad"} for i in range(4)]
+    for name, lines in (("rows", rows), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    (folder / "prompts.jsonl").write_text('{"prompt": "question 1"}\n')
+    path = folder / "recipe.yaml"
+    path.write_text(text.format(runs=folder / "runs"))
+    run = Run(load_recipe(path, list(overrides)))
+    sft = run.section("sft")
+    run.start(sft)
+    roles = Roles(run.recipe.model, torch.float32, str(path))
+    roles.add("policy", fresh_adapter=not full)
+    if full:
+        for p in roles["policy"].net.parameters():
+            p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    else:
+        randomize(roles, "policy")
+    roles.save("policy", sft.folder / "model")
+    sft.finish({"steps": 7, "held_out_loss_before": 2.5, "held_out_loss_after": 1.25})
+    evaluated = run.section("eval")
+    run.start(evaluated)
+    evaluated.finish(EVALUATION)
+    return run, roles
+
+
+def exported(run):
+    section = run.section("chat")
+    run.start(section)
+    export.run(section)
+    return section
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(run, roles with the unmerged policy, export section, its folder)."""
+    run, roles = make_run(tmp_path_factory.mktemp("export"))
+    section = exported(run)
+    return run, roles, section, section.folder / "model"
+
+
+def load(folder, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def test_transformers_loads_the_folder_and_it_says_what_the_unmerged_model_says(done):
+    _, roles, section, folder = done
+    net, tokenizer = load(folder)
+    ids = torch.tensor([chat.encode_prompt(roles.tokenizer, [{"role": "user", "content": "Tell me about rivers."}])])
+    with torch.no_grad():
+        base = roles.base
+        roles.pointer[0] = None
+        plain = base(ids).logits
+        ours = roles.use("policy").net(ids).logits
+        theirs = net(ids).logits
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+    assert (theirs - plain).abs().max() > 0.1  # the adapter is in it
+    assert section.state() == "done"
+    assert section.results()["merged_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_chat_template_travels_as_file_and_attribute_and_gives_the_ids_of_training(done):
+    _, roles, _, folder = done
+    _, tokenizer = load(folder)
+    messages = [{"role": "user", "content": "hello there"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == chat.encode_prompt(roles.tokenizer, messages)
+    assert (folder / "chat_template.jinja").read_text() == roles.tokenizer.chat_template
+    assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == roles.tokenizer.chat_template
+    assert roles.tokenizer.padding_side == "right"
+
+
+def test_generation_config_stops_at_the_end_of_a_turn(done):
+    _, roles, _, folder = done
+    saved = json.loads((folder / "generation_config.json").read_text())
+    end = chat.end_of_turn(roles.tokenizer)
+    assert saved["eos_token_id"] == end == 2
+    assert saved["pad_token_id"] == 0 != saved["eos_token_id"]
+    assert (saved["temperature"], saved["top_p"], saved["max_new_tokens"], saved["do_sample"]) == (0.7, 0.9, 40, True)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["use_cache"] is True
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "quantization_config" not in config
+
+
+def test_another_end_token_of_the_tokenizer_stops_too():
+    class Config:
+        temperature, top_p, max_new_tokens = 0.0, 0.9, 8
+
+    roles = Roles(ModelConfig(name_or_path="builtin:tiny-llama", chat_template="chatml"), torch.float32, "x")
+    roles.tokenizer.eos_token = "<|endoftext|>"
+    made = export.generation_config(roles.tokenizer, Config)
+    assert made.eos_token_id == [2, 0]
+    assert made.do_sample is False
+
+
+def test_the_exported_model_answers_through_its_template(done):
+    from transformers import pipeline
+
+    answer = pipeline("text-generation", str(done[3]))([{"role": "user", "content": "hi"}])[0]["generated_text"][-1]
+    assert answer["role"] == "assistant"
+
+
+def test_nothing_in_the_folder_names_this_machine(done, tmp_path):
+    home = str(tmp_path.parent.parent)  # where every temporary folder of this session lies
+    for path in done[3].iterdir():
+        if path.suffix != ".safetensors":
+            assert home not in path.read_text(encoding="utf-8"), path.name
+            assert os.path.expanduser("~/") not in path.read_text(encoding="utf-8"), path.name
+
+
+@pytest.mark.parametrize("moment", ["write_model", "read_back", "replace"])
+def test_a_kill_leaves_no_half_folder_and_the_next_start_finishes(tmp_path, monkeypatch, moment):
+    run, _ = make_run(tmp_path)
+    real = getattr(export, moment)
+
+    def killed(*args, **kwargs):
+        if moment == "write_model":
+            (args[2] / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    section = run.section("chat")
+    run.start(section)
+    monkeypatch.setattr(export, moment, killed)
+    with pytest.raises(KeyboardInterrupt):
+        export.run(section)
+    assert not (section.folder / "model").exists()
+    assert section.state() == "started"
+    monkeypatch.setattr(export, moment, real)
+    export.run(section)
+    assert section.state() == "done"
+    assert load(section.folder / "model")
+    assert not [p for p in section.folder.iterdir() if p.name.startswith(".model")]
+
+
+def test_a_wrong_merge_is_caught_before_it_is_in_place(tmp_path, monkeypatch):
+    run, _ = make_run(tmp_path)
+
+    def unscaled(config, folder, dtype, place):
+        spec = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(spec | {"lora_alpha": spec["lora_alpha"] / 2}))
+        return merged(config, folder, dtype, place)
+
+    monkeypatch.setattr(export, "merged", unscaled)
+    with pytest.raises(PosttrainError, match="differs from the trained one"):
+        exported(run)
+    assert not (run.section("chat").folder / "model").exists()
+
+
+def test_a_full_model_is_exported_too_and_cast(tmp_path):
+    run, roles = make_run(tmp_path, overrides=["model.lora=", "stages.chat.dtype=bfloat16"], full=True)
+    section = exported(run)
+    tensors = load_file(section.folder / "model" / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    net, _ = load(section.folder / "model")
+    mine = dict(roles["policy"].net.named_parameters())
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p, mine[name].to(torch.bfloat16).float(), rtol=0, atol=0)
+    assert 0 < section.results()["merged_kl"] < 0.01
+
+
+def test_bfloat16_merge_rounds_once_at_the_end(tmp_path):
+    run, roles = make_run(tmp_path)
+    folder = run.section("sft").folder / "model"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    net = merged(run.recipe.model, folder, torch.bfloat16, "x")
+    base = dict(roles.base.named_parameters())
+    key = "model.layers.1.mlp.down_proj"
+    a, b = (tensors[f"base_model.model.{key}.lora_{x}.weight"].double() for x in "AB")
+    want = (base[f"{key}.base_layer.weight"].double() + 2.0 * (b @ a)).float().to(torch.bfloat16)  # alpha 8 / r 4
+    assert (net.get_submodule(key).weight == want).float().mean() > 0.999
+
+
+def test_a_quantized_run_is_merged_into_the_unquantized_base_and_says_how_far_apart_they_are(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    run, roles = make_run(tmp_path, overrides=["model.quantization=nf4"])
+    section = exported(run)
+    assert section.results()["merged_kl"] > 1e-5
+    net, _ = load(section.folder / "model")
+    plain = Roles(run.recipe.model.model_copy(update={"quantization": "none"}), torch.float32, "x")
+    plain.add("policy", run.section("sft").folder / "model")
+    ids = torch.tensor([[1, 5, 9, 33]])
+    with torch.no_grad():
+        torch.testing.assert_close(net(ids).logits, plain.use("policy").net(ids).logits, atol=1e-4, rtol=1e-4)
+    assert "nf4 base" in (section.folder / "model" / "README.md").read_text()
+
+
+# -- adapters that do not fit --------------------------------------------------------------------------------------------------------
+
+
+def adapter_with(tmp_path, extra=None, spec=None, drop=()):
+    run, _ = make_run(tmp_path)
+    folder = run.section("sft").folder / "model"
+    tensors = {k: v for k, v in load_file(folder / "adapter_model.safetensors").items() if k not in drop}
+    save_file(tensors | (extra or {}), folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | (spec or {})))
+    return run.recipe.model, folder
+
+
+def test_an_unknown_tensor_is_refused_by_name(tmp_path):
+    model, folder = adapter_with(tmp_path, {"base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector": torch.ones(3)})
+    with pytest.raises(PosttrainError, match="up_proj.lora_magnitude_vector"):
+        merged(model, folder, torch.float32, "x")
+
+
+def test_half_a_pair_of_matrices_is_refused(tmp_path):
+    model, folder = adapter_with(tmp_path, drop=["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"])
+    with pytest.raises(PosttrainError, match="up_proj' has one LoRA matrix of two"):
+        merged(model, folder, torch.float32, "x")
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    key = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    model, folder = adapter_with(tmp_path, {key: torch.ones(4, 65)})
+    with pytest.raises(PosttrainError, match=r"up_proj' wants \(160, 65\)"):
+        merged(model, folder, torch.float32, "x")
+    model, folder = adapter_with(tmp_path, {k.replace("layers.0", "layers.7"): torch.ones(4, 64) for k in (key, key.replace("_A", "_B"))})
+    with pytest.raises(PosttrainError, match="no layer 'model.layers.7.mlp.up_proj'"):
+        merged(model, folder, torch.float32, "x")
+
+
+@pytest.mark.parametrize("spec", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 8}}, {"bias": "all"}])
+def test_adapters_of_other_kinds_are_refused(tmp_path, spec):
+    model, folder = adapter_with(tmp_path, spec=spec)
+    with pytest.raises(PosttrainError, match="not a plain LoRA adapter"):
+        merged(model, folder, torch.float32, "x")
+
+
+def test_a_scalar_head_is_left_out_and_embedding_rows_are_taken_over(tmp_path):
+    rows = torch.full((2, 64), 0.5)
+    model, folder = adapter_with(tmp_path, {"base_model.model.score.weight": torch.ones(1, 64),
+                                            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": rows},
+                                 {"trainable_token_indices": {"embed_tokens": [7, 11]}})
+    table = merged(model, folder, torch.float32, "x").get_input_embeddings().weight
+    torch.testing.assert_close(table[[7, 11]], rows)
+    assert not torch.allclose(table[8], rows[0])
+    whole = torch.full((384, 64), 0.25)
+    model, folder = adapter_with(tmp_path, {"base_model.model.model.embed_tokens.weight": whole})
+    torch.testing.assert_close(merged(model, folder, torch.float32, "x").get_input_embeddings().weight.data, whole)
+
+
+def test_peft_merges_to_the_same_weights(done):
+    from peft import PeftModel
+
+    from posttrain import builtin
+
+    net, _ = load(done[3])
+    base, _ = load(builtin.folder(builtin.TINY))
+    theirs = PeftModel.from_pretrained(base, done[0].section("sft").folder / "model").merge_and_unload()
+    mine = dict(net.named_parameters())
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(mine[name], p, atol=1e-6, rtol=1e-6)
+
+
+# -- the section's settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_reward_models_and_reports_are_no_chat_models(tmp_path):
+    for name, kind in (("reward", "reward"), ("eval", "evaluate")):
+        run, _ = make_run(tmp_path / name, overrides=[f"stages.chat.model='@{name}'"])
+        with pytest.raises(PosttrainError, match=f"chat.model: '@{name}' is a {kind} section"):
+            exported(run)
+    run, _ = make_run(tmp_path / "third", overrides=["stages.chat.evaluation='@sft'"])
+    with pytest.raises(PosttrainError, match="'@sft' is no evaluate section"):
+        exported(run)
+
+
+def test_a_folder_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, _ = make_run(tmp_path / "a", overrides=["stages.chat.folder=out/model"])
+    section = exported(run)
+    assert section.results()["folder"] == "out/model"
+    assert (section.folder / "model" / "config.json").samefile(tmp_path / "out/model/config.json")  # @chat works
+    (section.folder / "DONE").unlink()
+    export.run(section)  # its own folder may be made again
+    shutil.rmtree("out/model")
+    os.mkdir("out/model")
+    (tmp_path / "out/model/thesis.txt").write_text("mine")
+    with pytest.raises(PosttrainError, match="holds something else"):
+        export.run(section)
+    assert (tmp_path / "out/model/thesis.txt").exists()
+
+
+def test_results_name_the_folder_and_its_files(done, monkeypatch):
+    _, _, section, folder = done
+    results = section.results()
+    assert not os.path.isabs(results["folder"])
+    assert os.path.samefile(results["folder"], folder)
+    assert set(results["files"]) == {p.name for p in folder.iterdir()}
+    assert set(results["files"]) >= {"README.md", "LICENSE", "config.json", "model.safetensors", "tokenizer.json"}
+
+
+# -- the card ------------------------------------------------------------------------------------------------------------------------
+
+
+def front(text):
+    import yaml
+
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_card_says_what_the_model_is(done):
+    text = (done[3] / "README.md").read_text()
+    head = front(text)
+    assert head["license"] == "cc0-1.0"
+    assert head["library_name"] == "transformers"
+    assert head["pipeline_tag"] == "text-generation"
+    assert "base_model" not in head  # a built-in random model has no place on the hub
+    assert "| `sft` | sft | base | held-out loss 1.25 (was 2.50); steps 7 |" in text
+    assert "| demonstrations | rows.jsonl | messages | 5 | 1 |" in text
+    assert "| **after** (this model) | 1.50 [1.25, 1.75] | 12.5% [0.0%, 25.0%] | 75% [50%, 100%] | 15 | 3.25 |" in text
+    assert "temperature 0.7, top-p 0.9, at most 40 new tokens" in text
+    assert "random model of two layers" in text
+    assert "learning_rate: 0.001" in text  # the recipe
+    assert "{{" not in text.replace("{{{", "")
+
+
+def test_the_card_of_the_packaged_model_says_what_stands_in_for_a_base():
+    model = ModelConfig(name_or_path="builtin:smollm2-135m-instruct")
+    assert card.hub_name(model) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert card.licence(model) == "apache-2.0"
+
+
+def test_licence_from_the_recipe_the_base_folder_or_unknown(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    named = ModelConfig(name_or_path=str(folder))
+    assert card.licence(named) == "unknown"
+    assert "not known" in card.licence_note(named)
+    (folder / "README.md").write_text("---\ntags: [a]\nlicense: mit\n---\nlicense: other\n")
+    assert card.licence(named) == "mit"
+    llama = ModelConfig(name_or_path="meta-llama/Llama-2-7b-hf", licence="llama2")
+    assert card.licence(llama) == "llama2"
+    assert "LLAMA 2 Community License, Copyright (c) Meta Platforms" in card.licence_note(llama)
+    assert card.hub_name(llama) == "meta-llama/Llama-2-7b-hf"
+
+
+def test_the_recipe_in_the_card_holds_overrides_and_what_it_extends_but_no_folder_of_this_machine(tmp_path):
+    run, _ = make_run(tmp_path, overrides=["stages.sft.weight_decay=0.125", f"data.demonstrations.0.path={tmp_path / 'rows.jsonl'}"])
+    text = card.recipe_text(run.recipe)
+    assert "weight_decay: 0.125" in text
+    assert ".../rows.jsonl" in text
+    assert str(tmp_path) not in text
+    assert "adam_beta1" not in text

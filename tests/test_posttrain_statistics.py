@@ -1,0 +1,86 @@
+"""Intervals against slow definitions, and against what a textbook says about coverage."""
+
+import math
+
+import numpy as np
+import pytest
+
+from posttrain.statistics import balanced_interval, interval, standard_error
+
+VALUES = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.5]
+GROUPS = ["a", "a", "b", "c", "c", "c", "d", "e"]
+SIDES = [True, False, True, True, True, False, False, False]
+
+
+def slow(values, groups, statistic, resamples, seed):
+    """Draw whole groups with replacement, pool their rows, take the statistic. The draws are the library's, the rest is written out."""
+    names = sorted(set(groups))
+    rows = [[i for i, g in enumerate(groups) if g == name] for name in names]
+    picks = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
+    found = [statistic([i for k in pick for i in rows[k]]) for pick in picks]
+    found = sorted(x for x in found if x is not None)
+
+    def percentile(q):
+        place = q / 100 * (len(found) - 1)
+        low = math.floor(place)
+        return found[low] + (place - low) * (found[min(low + 1, len(found) - 1)] - found[low])
+
+    return percentile(2.5), percentile(97.5)
+
+
+@pytest.mark.parametrize("groups", [GROUPS, None], ids=["by prompt", "by row"])
+def test_interval_is_the_percentiles_of_resampled_groups(groups):
+    labels = groups or [str(i) for i in range(8)]
+    low, high = slow(VALUES, labels, lambda at: sum(VALUES[i] for i in at) / len(at), 500, 3)
+    got = interval(VALUES, groups, resamples=500, seed=3)
+    assert got == {"mean": pytest.approx(4.5 / 8), "low": pytest.approx(low), "high": pytest.approx(high), "n": 8, "groups": len(set(labels))}
+
+
+def test_balanced_interval_is_the_mean_of_the_two_sides_means():
+    def statistic(at):
+        sides = [[VALUES[i] for i in at if SIDES[i] is side] for side in (True, False)]
+        return None if not all(sides) else sum(sum(s) / len(s) for s in sides) / 2
+
+    low, high = slow(VALUES, GROUPS, statistic, 500, 3)
+    got = balanced_interval(VALUES, SIDES, GROUPS, resamples=500, seed=3)
+    assert got["mean"] == pytest.approx((3 / 4 + 1.5 / 4) / 2)  # longer: 1, 1, 1, 0; not longer: 0, 0, 1, 0.5
+    assert (got["low"], got["high"], got["n"], got["groups"]) == (pytest.approx(low), pytest.approx(high), 8, 5)
+
+
+def test_a_side_that_is_missing_has_no_balanced_mean():
+    for sides in ([True] * 3, [False] * 3):
+        assert balanced_interval([1, 0, 1], sides) == {"mean": None, "low": None, "high": None, "n": 3, "groups": 0}
+
+
+def test_too_little_for_an_interval():
+    assert interval([]) == {"mean": None, "low": None, "high": None, "n": 0, "groups": 0}
+    assert interval([0.25, 0.75], ["a", "a"]) == {"mean": 0.5, "low": None, "high": None, "n": 2, "groups": 1}
+    assert standard_error([1.0]) is None and standard_error([1, 2], ["a", "a"]) is None
+
+
+def test_standard_error_by_hand():
+    assert standard_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3) / 2)  # variance 5/3
+    assert standard_error([1.0, 3.0, 3.0, 4.0], ["a", "a", "b", "c"]) == pytest.approx(1 / math.sqrt(3))  # means 2, 3, 4
+
+
+def test_rows_that_share_a_prompt_widen_the_interval():
+    """Ten copies of each row are no more evidence than one."""
+    values = np.random.default_rng(0).random(30)
+    copies, groups = [v for v in values for _ in range(10)], [i for i in range(30) for _ in range(10)]
+    once, many, naive = interval(values), interval(copies, groups), interval(copies)
+    width = [x["high"] - x["low"] for x in (once, many, naive)]
+    assert width[0] == pytest.approx(width[1], rel=0.05) and width[2] < 0.5 * width[1]
+
+
+def test_the_interval_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(300):
+        got = interval(rng.random(60) < 0.3, resamples=400, seed=trial)
+        hits += got["low"] <= 0.3 <= got["high"]
+    assert 0.89 < hits / 300 < 0.985
+
+
+def test_the_same_data_give_the_same_interval():
+    values = np.random.default_rng(0).random(8)
+    assert interval(values, GROUPS) == interval(values, GROUPS) != interval(values, GROUPS, seed=1)
