@@ -2,8 +2,8 @@
 
 torch's CPU flash kernel is built for long sequences: at 64 to 256 bf16 tokens its backward pass costs more than the matrix products
 it saves. Here the scores are made outright: float32 scores and softmax, probabilities in the input's dtype, the query heads of one
-key/value head side by side in one product (so grouped keys are never repeated). Longer sequences, other dtypes and decoding with
-a cache go to transformers' sdpa function as they are.
+key/value head side by side in one product (so grouped keys are never repeated). A decoding step does the same. Longer sequences and
+other dtypes go to transformers' sdpa function as they are.
 """
 
 import torch
@@ -21,6 +21,8 @@ def short_attention(module, query: Tensor, key: Tensor, value: Tensor, attention
 
     b, h, t, d = query.shape
     g = key.shape[1]
+    if t == 1 and attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1:
+        return _one_token(query, key, value, attention_mask, scaling or d ** -0.5), None
     boolean = attention_mask is None or attention_mask.dtype == torch.bool
     if query.dtype != torch.bfloat16 or key.shape[2] != t or not 1 < t <= LONGEST or dropout or not boolean or kwargs.get("is_causal") is False:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -34,6 +36,15 @@ def short_attention(module, query: Tensor, key: Tensor, value: Tensor, attention
         scores = torch.bmm(q * (scaling or d ** -0.5), k.transpose(1, 2)).view(b, h, t, t).masked_fill(hidden, float("-inf")).view(b * g, -1, t)
     out = torch.softmax(scores, dim=-1).to(value.dtype) @ value.reshape(b * g, t, d)
     return out.view(b, h, t, d).transpose(1, 2), None
+
+
+def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """A decoding step: query (B, H, 1, d), key and value (B, G, T, d), mask bool (B, 1, 1, T). Returns (B, 1, H, d)."""
+    b, h, _, d = query.shape
+    g = key.shape[1]
+    scores = torch.matmul(query.reshape(b, g, h // g, d), key.transpose(2, 3)).float().mul_(scaling)
+    weights = torch.softmax(scores.masked_fill_(~mask, float("-inf")), dim=-1).to(value.dtype)
+    return torch.matmul(weights, value).view(b, 1, h, d)
 
 
 def register() -> str:

@@ -104,18 +104,16 @@ def encode_probes(tokenizer) -> list[list[int]]:
     return out
 
 
-def log_probabilities(net: nn.Module, probes: list[list[int]]) -> list[Tensor]:
-    """Of every next token (T, V), float32, on the CPU, one tensor a probe."""
-    where, out = next(net.parameters()).device, []
+def log_probabilities(logits_of, probes: list[list[int]]) -> list[Tensor]:
+    """Of every next token (T, V), float32, on the CPU, one tensor a probe. logits_of(ids (1, T)) -> (T, V)."""
     with torch.inference_mode():
-        for ids in probes:
-            logits = net(input_ids=torch.tensor([ids], device=where), use_cache=False).logits[0]
-            out.append(torch.log_softmax(logits.float(), dim=-1).cpu())
-    return out
+        return [torch.log_softmax(logits_of(torch.tensor([ids], device=device())).float(), dim=-1).cpu() for ids in probes]
 
 
 def unmerged(roles: Roles, probes: list[list[int]]) -> list[Tensor]:
-    return log_probabilities(roles.use("policy").net, probes)
+    """The policy as the stages run it: its adapter and its own rows of added tokens over the base."""
+    body, head = roles.use("policy").body, roles.vocabulary("policy")
+    return log_probabilities(lambda ids: body(input_ids=ids, use_cache=False).last_hidden_state[0] @ head.t(), probes)
 
 
 def difference(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
@@ -142,7 +140,7 @@ def read_back(folder: Path, probes: list[list[int]], tokenizer, dtype: torch.dty
     if again.chat_template != tokenizer.chat_template or encode_probes(again) != probes:
         raise PosttrainError(str(folder), "read back, its tokenizer gives other ids", "the ids of training", "Please report this.")
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True).to(device()).eval()
-    return log_probabilities(net, probes)
+    return log_probabilities(lambda ids: net(input_ids=ids, use_cache=False).logits[0], probes)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------------------

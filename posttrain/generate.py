@@ -36,8 +36,8 @@ class Completion:
 
 
 class RowCache(Cache):
-    """Key/value memory (rows, heads, width, d) per layer. In prefill it hands through and keeps; in decoding it writes each row
-    at its own length and returns the part in use."""
+    """Key/value memory per layer: values (rows, heads, width, d), keys with their last two axes exchanged, as a decoding step reads
+    them. In prefill it hands through and keeps; in decoding it writes each row at its own length and returns the part in use."""
 
     def __init__(self, rows: int, width: int):
         super().__init__(layers=[])
@@ -51,18 +51,18 @@ class RowCache(Cache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if len(self.keys) <= layer_idx:
-            shape = (self.rows, key_states.shape[1], self.width, key_states.shape[3])
-            self.keys.append(key_states.new_zeros(shape))
-            self.values.append(value_states.new_zeros(shape[:3] + (value_states.shape[3],)))
+            heads, d = key_states.shape[1], key_states.shape[3]
+            self.keys.append(key_states.new_zeros(self.rows, heads, d, self.width))
+            self.values.append(value_states.new_zeros(self.rows, heads, self.width, value_states.shape[3]))
         k, v = self.keys[layer_idx], self.values[layer_idx]
         if self.fill is not None:
             for source, n, targets in self.fill:
-                k[targets, :, :n] = key_states[source, :, :n]
+                k[targets, :, :, :n] = key_states[source, :, :n].transpose(-1, -2)
                 v[targets, :, :n] = value_states[source, :, :n]
             return key_states, value_states
-        k[self.row_ids, :, self.lengths] = key_states[:, :, 0]
+        k[self.row_ids, :, :, self.lengths] = key_states[:, :, 0]
         v[self.row_ids, :, self.lengths] = value_states[:, :, 0]
-        return k[:, :, :self.used], v[:, :, :self.used]
+        return k[..., :self.used].transpose(-1, -2), v[:, :, :self.used]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -90,7 +90,7 @@ class _Loop:
         if not prompts or not all(prompts):
             raise ValueError("every prompt needs at least one token")
         self.roles, self.role, self.prompts, self.sampling, self.stop, self.tick = roles, role, prompts, sampling, stop, tick
-        self.device, self.weight = roles.device, roles.vocabulary(role)
+        self.device, self.body, self.weight = roles.device, roles.decoder(role), roles.vocabulary(role)
         self.queue = [(p, s) for p in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)) for s in range(samples)]
         self.batch = min(batch, len(self.queue))
         generator = torch.Generator().manual_seed(seed)
@@ -131,8 +131,7 @@ class _Loop:
                 ids[i, :len(self.prompts[p])] = torch.tensor(self.prompts[p])
             where = torch.tensor([len(self.prompts[p]) - 1 for p in group], device=self.device)
             self.cache.fill = [(i, len(self.prompts[p]), torch.tensor(targets[p], device=self.device)) for i, p in enumerate(group)]
-            body = self.roles.use(self.role).body
-            hidden = body(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True).last_hidden_state
+            hidden = self.body(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True).last_hidden_state
             self.cache.fill = None
             last = hidden[torch.arange(len(group), device=self.device), where]
             rows = [r for p in group for r in targets[p]]
@@ -148,8 +147,7 @@ class _Loop:
         cache.row_ids = torch.arange(len(self.rows), device=self.device)
         cache.used = int(self.lengths.max()) + 1
         mask = (torch.arange(cache.used, device=self.device)[None, :] <= self.lengths[:, None])[:, None, None]
-        body = self.roles.use(self.role).body
-        hidden = body(input_ids=self.tokens[:, None], position_ids=self.lengths[:, None], attention_mask=mask,
+        hidden = self.body(input_ids=self.tokens[:, None], position_ids=self.lengths[:, None], attention_mask=mask,
                       past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
         self.lengths[alive] += 1
         self._choose(hidden[alive], alive)

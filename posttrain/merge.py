@@ -37,9 +37,18 @@ def whole(config: ModelConfig, folder: Path | None, dtype: torch.dtype, place: s
     """The recipe's base (folder None), or a full model folder, unquantized."""
     if folder is not None:
         return cast(load_network(str(folder), unquantized(config), "auto", place), dtype)
+    return cast(plain_base(config, place), dtype)
+
+
+def plain_base(config: ModelConfig, place: str) -> nn.Module:
+    """The recipe's base in the dtype it is stored in, with rows for added turn tokens and nothing else of ours."""
     net = Roles(unquantized(config), "auto", place).add("base").net
-    del net.heads
-    return cast(net, dtype)
+    table = net.get_input_embeddings()
+    for owner, names in ((net, ("heads", "token_rows")), (table, ("forward", "row_pointer", "row_slots", "token_rows"))):
+        for name in names:
+            owner.__dict__.pop(name, None)
+            owner._modules.pop(name, None)
+    return net
 
 
 def merged(config: ModelConfig, folder: Path, dtype: torch.dtype, place: str) -> nn.Module:
@@ -47,9 +56,7 @@ def merged(config: ModelConfig, folder: Path, dtype: torch.dtype, place: str) ->
     kind or base, naming the first key that has no place."""
     spec = _spec(folder)
     loras, tables, rows = _sorted(load_file(folder / "adapter_model.safetensors"), folder)
-    roles = Roles(unquantized(config), "auto", place)  # its base has the rows of added turn tokens
-    net = roles.add("base").net
-    del net.heads
+    net = plain_base(config, place)
     scaling = spec["lora_alpha"] / spec["r"]
     with torch.no_grad():
         for name, (a, b) in loras.items():

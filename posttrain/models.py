@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from posttrain import attention, builtin, chat
+from posttrain import attention, builtin, chat, decoder
 from posttrain.config import LoraSettings, ModelConfig
 from posttrain.errors import PosttrainError
 from posttrain.packing import MicroBatch
@@ -214,6 +214,7 @@ class Roles:
     roles: dict[str, Role] = field(default_factory=dict)
     base: nn.Module | None = None
     pointer: list = field(default_factory=lambda: [None])
+    merged: tuple | None = None  # (which role at which version, its merged copy for decoding)
 
     def __post_init__(self):
         self.tokenizer = self.tokenizer or load_tokenizer(self.config, self.place)
@@ -408,6 +409,17 @@ class Roles:
         role = self.roles[name]
         self.pointer[0] = role.adapter
         return role
+
+    def decoder(self, name: str) -> nn.Module:
+        """The body to decode a role with: a merged copy where that pays (see decoder.py), else the role's own. The copy is made
+        again only when the adapter has changed since."""
+        role = self.use(name)
+        if not decoder.worth_it(role, self.config.quantization):
+            return role.body
+        stamp = (name, [p._version for n, p in role.net.named_parameters() if f".{role.adapter}." in n])
+        if self.merged is None or self.merged[0] != stamp:
+            self.merged = (stamp, decoder.merged_body(role, self.merged[1] if self.merged else None))
+        return self.merged[1]
 
     def hidden(self, name: str, batch: MicroBatch) -> Tensor:
         """Last hidden states (B*T, d) of a micro-batch under a role."""

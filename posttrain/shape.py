@@ -35,7 +35,7 @@ class Shape:
 
     @property
     def embeddings(self) -> int:
-        return self.vocab * self.hidden * 2
+        return self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
     def parameters(self) -> int:

@@ -114,6 +114,10 @@ class _Steps(Dataset):
         return out
 
 
+def _only(items: list):
+    return items[0]
+
+
 class StepTrainer:
     """Mixin before a transformers Trainer class. The subclass gives `micro_loss` and `totals`; `bind` must be called once."""
 
@@ -132,7 +136,7 @@ class StepTrainer:
 
     def get_train_dataloader(self) -> DataLoader:
         steps = _Steps(self.trees, self.batches, self.budget, self.roles.layout, self.roles.tokenizer.pad_token_id)
-        return DataLoader(steps, batch_size=None, shuffle=False)
+        return DataLoader(steps, batch_size=1, shuffle=False, collate_fn=_only)  # accelerate skips done batches through a batch sampler
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()

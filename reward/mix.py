@@ -2,12 +2,14 @@
 
 import random
 
+from posttrain.data import content
 from posttrain.formats import Pair
 
 
 def mix(own: list[Pair], other: list[Pair], own_share: float, seed: int) -> tuple[list[Pair], dict]:
     """One pass's rows and their composition. A row present on both sides counts as own."""
-    rng = random.Random(seed)
+    rng, mine = random.Random(seed), {content(p) for p in own}
+    other = [p for p in other if content(p) not in mine]
     if not other or own_share >= 1:
         chosen_own, chosen_other = list(own), []
     else:

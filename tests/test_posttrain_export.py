@@ -42,7 +42,7 @@ def randomize(roles, name):
     """An adapter far enough from zero that losing it, or scaling it wrongly, shows."""
     generator = torch.Generator().manual_seed(5)
     for n, p in roles.base.named_parameters():
-        if f".{name}." in n and "lora_" in n:
+        if f".{name}." in n and ("lora_" in n or "token_rows" in n):
             p.data = torch.randn(p.shape, generator=generator) * 0.1
 
 
@@ -97,7 +97,7 @@ def load(folder, dtype=torch.float32):
 
 def test_transformers_loads_the_folder_and_it_says_what_the_unmerged_model_says(done):
     _, roles, section, folder = done
-    net, tokenizer = load(folder)
+    net, _ = load(folder)
     ids = torch.tensor([chat.encode_prompt(roles.tokenizer, [{"role": "user", "content": "Tell me about rivers."}])])
     with torch.no_grad():
         base = roles.base
@@ -225,7 +225,7 @@ def test_bfloat16_merge_rounds_once_at_the_end(tmp_path):
 
 def test_a_quantized_run_is_merged_into_the_unquantized_base_and_says_how_far_apart_they_are(tmp_path):
     pytest.importorskip("bitsandbytes")
-    run, roles = make_run(tmp_path, overrides=["model.quantization=nf4"])
+    run, _ = make_run(tmp_path, overrides=["model.quantization=nf4"])
     section = exported(run)
     assert section.results()["merged_kl"] > 1e-5
     net, _ = load(section.folder / "model")
@@ -235,6 +235,31 @@ def test_a_quantized_run_is_merged_into_the_unquantized_base_and_says_how_far_ap
     with torch.no_grad():
         torch.testing.assert_close(net(ids).logits, plain.use("policy").net(ids).logits, atol=1e-4, rtol=1e-4)
     assert "nf4 base" in (section.folder / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_rows_of_added_turn_tokens_are_in_the_exported_vocabulary(tmp_path, tied):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from posttrain import builtin
+
+    base = tmp_path / "base"
+    config = AutoConfig.from_pretrained(builtin.folder(builtin.TINY))
+    config.tie_word_embeddings = tied
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(builtin.folder(builtin.TINY)).save_pretrained(base)
+    text = RECIPE.replace("builtin:tiny-llama", str(base)).replace("chat_template: chatml", "chat_template: llama-3, add_tokens: true")
+    run, roles = make_run(tmp_path / "run", text=text)
+    section = exported(run)  # compares with the unmerged model by itself
+    folder = section.folder / "model"
+    net, tokenizer = load(folder)
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    rows = roles.base.token_rows["policy"]
+    torch.testing.assert_close(net.get_input_embeddings().weight[roles.added], rows["input"])
+    torch.testing.assert_close(net.get_output_embeddings().weight[roles.added], rows["input" if tied else "output"])
+    assert end in json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert not [k for f in folder.glob("*.safetensors") for k in load_file(f) if "token_rows" in k or "heads" in k]
 
 
 # -- adapters that do not fit --------------------------------------------------------------------------------------------------------
@@ -252,7 +277,7 @@ def adapter_with(tmp_path, extra=None, spec=None, drop=()):
 
 def test_an_unknown_tensor_is_refused_by_name(tmp_path):
     model, folder = adapter_with(tmp_path, {"base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector": torch.ones(3)})
-    with pytest.raises(PosttrainError, match="up_proj.lora_magnitude_vector"):
+    with pytest.raises(PosttrainError, match=r"up_proj\.lora_magnitude_vector"):
         merged(model, folder, torch.float32, "x")
 
 
@@ -268,7 +293,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     with pytest.raises(PosttrainError, match=r"up_proj' wants \(160, 65\)"):
         merged(model, folder, torch.float32, "x")
     model, folder = adapter_with(tmp_path, {k.replace("layers.0", "layers.7"): torch.ones(4, 64) for k in (key, key.replace("_A", "_B"))})
-    with pytest.raises(PosttrainError, match="no layer 'model.layers.7.mlp.up_proj'"):
+    with pytest.raises(PosttrainError, match=r"no layer 'model\.layers\.7\.mlp\.up_proj'"):
         merged(model, folder, torch.float32, "x")
 
 

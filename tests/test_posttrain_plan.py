@@ -97,7 +97,7 @@ def test_the_batch_is_lowered_until_there_are_50_steps(rows, paper, requested, e
 
 
 def test_warm_up_is_3_percent_and_at_least_5():
-    assert [warmup_steps(n, 0.03) for n in (5700, 1000, 100, 10, 3, 1)] == [171, 30, 5, 5, 2, 0]
+    assert [warmup_steps(n, 0.03) for n in (5700, 1010, 170, 100, 10, 3, 1)] == [171, 31, 6, 5, 5, 2, 0]
     assert warmup_steps(100, 0.0) == 0
 
 

@@ -83,4 +83,4 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
 
 def test_the_same_data_give_the_same_interval():
     values = np.random.default_rng(0).random(8)
-    assert interval(values, GROUPS) == interval(values, GROUPS) != interval(values, GROUPS, seed=1)
+    assert interval(values) == interval(values) != interval(values, seed=1)

@@ -2,6 +2,7 @@
 stage's arithmetic is a plain torch loop over one sequence at a time."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -140,14 +141,13 @@ def test_a_damaged_newest_checkpoint_is_named_removed_and_passed_over(tmp_path, 
 def oracle_sft(section) -> tuple[list[float], dict]:
     """Three steps of AdamW over single sequences, written out with torch and transformers' own logits."""
     from posttrain.models import roles_for
-    from posttrain.packing import dialogue
 
     split = section.run.data_of("demonstrations")
     torch.manual_seed(section.seed)
     roles = roles_for(section)
     role = roles.add("policy", None, trainable=True, fresh_adapter=section.recipe.model.lora is not None)
     trees, _, _ = sft.train.encode(split.train, roles.tokenizer, section.config.max_length)
-    return torch_loop(section, roles, role, plan_batches(len(trees), 4, 3, section.seed), lambda at: sft_loss(roles, [trees[i] for i in at])), dialogue
+    return torch_loop(section, roles, role, plan_batches(len(trees), 4, 3, section.seed), lambda at: sft_loss(roles, [trees[i] for i in at]))
 
 
 def sft_loss(roles, trees) -> torch.Tensor:
@@ -162,11 +162,10 @@ def sft_loss(roles, trees) -> torch.Tensor:
 
 
 def torch_loop(section, roles, role, plan, loss_of) -> tuple[list[float], dict]:
-    import math
-
     c = section.config
     parameters = role.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=c.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    groups = [{"params": [p for p in parameters if (p.ndim > 1) == matrices], "weight_decay": 0.1 * matrices} for matrices in (True, False)]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=c.learning_rate, betas=(0.9, 0.95), eps=1e-5)  # norms do not decay
     losses = []
     for step, at in enumerate(plan):
         lr = c.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / len(plan))))  # cosine to a tenth
@@ -187,7 +186,7 @@ def torch_loop(section, roles, role, plan, loss_of) -> tuple[list[float], dict]:
 def test_sft_follows_a_plain_torch_loop_at_any_micro_batch(train, lora):
     model = {"lora": lora}
     base = train({**SFT, "micro_batch_tokens": 4096}, "base", model=model)
-    (losses, expected), _ = oracle_sft(base)
+    losses, expected = oracle_sft(base)
     first = initial(base)
     logged = [r["sft/loss"] for r in rows(base) if "sft/loss" in r]
     assert logged == pytest.approx(losses, rel=2e-5) and len(logged) == 3

@@ -1,0 +1,110 @@
+"""A merged copy of a role to decode with: W + scaling * B A in a buffer of its own, never in the base that the other roles read.
+
+At a few dozen rows a decoding step is bound by the number of small matrix products, so the copy has none for the adapter, and the
+products that read the same input (query, key, value; gate, up) are one. Worth its memory where the base is not quantized.
+"""
+
+import torch
+from torch import Tensor, nn
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class _First(nn.Module):
+    """Computes the products of the whole group and keeps the others' parts for them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: list[int]):
+        super().__init__()
+        self.weight, self.bias, self.sizes, self.parts = nn.Parameter(weight, requires_grad=False), bias, sizes, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *self.parts = nn.functional.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        return first
+
+
+class _Rest(nn.Module):
+    """Hands out the part that `first` has computed from the same input. The model calls the members of a group in their order."""
+
+    def __init__(self, first: _First):
+        super().__init__()
+        object.__setattr__(self, "first", first)  # not a submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first.parts.pop(0)
+
+
+def worth_it(role, quantization: str) -> bool:
+    """Adapters on an unquantized base, and room for a second copy of the body."""
+    if role.adapter is None or quantization != "none":
+        return False
+    if role.body.device.type != "cuda":
+        return True
+    size = sum(p.numel() * p.element_size() for p in role.body.parameters())
+    return torch.cuda.mem_get_info()[0] > 2 * size
+
+
+@torch.no_grad()
+def merged_body(role, old: nn.Module | None = None) -> nn.Module:
+    """The role's body with its adapter merged. old: an earlier merge of the same body, whose memory is written again."""
+    weights = dict(_merged(role))
+    if old is None:
+        old = _skeleton(role.body, weights)
+    for module, keys in old.merged_from:
+        parts = [weights[k] for k in keys]
+        module.weight.data.copy_(torch.cat(parts) if len(parts) > 1 else parts[0])
+    return old
+
+
+def _merged(role):
+    """(name of the linear layer, merged weight) of every adapted layer of the body."""
+    for name, module in role.body.named_modules():
+        if hasattr(module, "role_pointer"):
+            base = module.base_layer.weight
+            if role.adapter in module.lora_A:
+                a, b = module.lora_A[role.adapter].weight, module.lora_B[role.adapter].weight
+                yield name, (base.float() + module.scaling[role.adapter] * (b @ a)).to(base.dtype)
+            else:
+                yield name, base
+
+
+def _skeleton(body: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """A body of the same class whose unadapted tensors are the base's own, with fused groups for the adapted ones."""
+    with torch.device("meta"):
+        copy = type(body)(body.config)
+    copy.eval().requires_grad_(False)
+    own = {n.replace(".base_layer", ""): t for n, t in [*body.named_parameters(), *body.named_buffers()] if ".lora_" not in n}
+    for name, module in copy.named_modules():
+        for key in [*module._parameters, *module._buffers]:
+            full = f"{name}.{key}" if name else key
+            if name not in weights or key != "weight":
+                table = module._parameters if key in module._parameters else module._buffers
+                if table[key] is not None:
+                    table[key] = own[full]
+    copy.merged_from = []
+    done = set()
+    for name, module in list(copy.named_modules()):
+        for group in TOGETHER:
+            members = [f"{name}.{g}" for g in group]
+            if all(m in weights for m in members):
+                _fuse(copy, module, group, members, weights)
+                done |= set(members)
+    for name, weight in weights.items():
+        if name not in done:
+            layer = copy.get_submodule(name)
+            layer.weight = nn.Parameter(torch.empty_like(weight), requires_grad=False)
+            copy.merged_from.append((layer, [name]))
+    return copy
+
+
+def _fuse(copy, parent: nn.Module, group, members, weights) -> None:
+    layers = [getattr(parent, g) for g in group]
+    parts = [weights[m] for m in members]
+    biases = [layer.bias for layer in layers]
+    bias = torch.cat(biases) if all(b is not None for b in biases) else None
+    if bias is None and any(b is not None for b in biases):
+        return
+    first = _First(torch.empty(sum(len(p) for p in parts), parts[0].shape[1], dtype=parts[0].dtype, device=parts[0].device), bias, [len(p) for p in parts])
+    setattr(parent, group[0], first)
+    for g in group[1:]:
+        setattr(parent, g, _Rest(first))
+    copy.merged_from.append((first, members))
