@@ -103,11 +103,11 @@ def check_data(path: Annotated[Path, typer.Argument(help="a recipe (.yaml), or a
                output: Annotated[Path | None, typer.Option(help="where to save the findings as JSON (and text beside it)")] = None,
                strict: Annotated[bool, typer.Option("--strict", help="warnings too end with exit code 1")] = False) -> None:
     """What is wrong with a recipe's data, or with a file, row by row, before any model is loaded."""
-    import json
-
     from posttrain import lint
 
-    if path.suffix in (".yaml", ".yml"):
+    of_recipe = path.suffix in (".yaml", ".yml")
+    _refuse_misplaced(path, of_recipe, overrides or [], format, columns or [])
+    if of_recipe:
         recipe = load_recipe(path, overrides or [])
         found = lint.check_recipe(recipe)
         output = output or Path(recipe.run.dir) / recipe.run.name / "check-data.json"
@@ -125,6 +125,22 @@ def check_data(path: Annotated[Path, typer.Argument(help="a recipe (.yaml), or a
     raise typer.Exit(lint.exit_code(found, strict))
 
 
+def _refuse_misplaced(path: Path, of_recipe: bool, overrides: list[str], format: str | None, columns: list[str]) -> None:
+    """Words of check-data that would be passed over: a recipe's with a file, a file's with a recipe, a column without its name."""
+    place = f"check-data {path.name}"
+    if overrides and not of_recipe:
+        raise PosttrainError(place, f"'{overrides[0]}' overrides a recipe's key, and this is a data file", "a recipe with overrides, or a file alone",
+                             "A file's options are --format and --columns.")
+    given = [f"--{name} {value}" for name, values in (("format", [format] if format else []), ("columns", columns)) for value in values]
+    if given and of_recipe:
+        raise PosttrainError(place, f"{given[0]} belongs to a data file, and this is a recipe", "format and columns in the recipe's data section",
+                             "Write them there, or override them, such as data.NAME.0.format=FORMAT.")
+    for text in columns:
+        if not all(text.partition("=")):
+            raise PosttrainError(f"--columns '{text}'", "not two names joined by '='", "OURS=THEIRS, such as prompt=question",
+                                 "Give --columns once for every column to map.")
+
+
 def quiet_libraries() -> None:
     """Progress bars and notices of the libraries would drown ours; no telemetry, no tokenizer threads beside the model's.
 
@@ -135,6 +151,8 @@ def quiet_libraries() -> None:
                        "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
                        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}.items():
         os.environ.setdefault(key, value)
+    # bitsandbytes, which trl imports through peft, fetches and runs a kernel from the hub as it is imported where this package is there
+    sys.modules.setdefault("kernels", None)
     import logging
     import warnings
 

@@ -98,10 +98,11 @@ def stage_table(sections: list[Section]) -> str:
     rows = []
     for s in sections:
         view = look(s.folder, s.name, s.kind)
-        reads = ", ".join(dict.fromkeys(cfg.references(s.config.model_dump()))) or "base"
+        base = ["base"] * ("base" in cfg.fields_referring_to(s.config, "model").values())
+        reads = ", ".join(dict.fromkeys([*base, *cfg.references(s.config.model_dump())]))
         figures = "; ".join(map(str, keys_of(view))) or "not recorded"
         rows.append([f"`{s.name}`", s.kind, reads, figures, duration(view.seconds) if view.seconds else "-"])
-    head = ["section", "kind", "starts from", "key figures", "time"]
+    head = ["section", "kind", "reads", "key figures", "time"]
     return table(head, rows) if rows else "Nothing was trained: this is the base itself."
 
 

@@ -94,7 +94,8 @@ def _render(tokenizer, messages: list[dict], generation: bool) -> tuple[str, lis
     for message in messages:
         found = _format_tokens(tokenizer, tokenizer.chat_template, tokenizer.pad_token).search(message["content"])
         if found:
-            raise PosttrainError("chat template", f"a {message['role']} turn spells the token {found[0]!r}: {message['content'][:60]!r}",
+            turn = "an assistant turn" if message["role"] == "assistant" else f"a {message['role']} turn"
+            raise PosttrainError("chat template", f"{turn} spells the token {found[0]!r}: {message['content'][:60]!r}",
                                  "text that cannot be taken for the end or start of a turn", "Remove or rewrite this row.")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)

@@ -354,7 +354,7 @@ def order(recipe: Recipe) -> list[str]:
         if name in done:
             return
         if name in path:
-            circle = " -> ".join(path[path.index(name):] + [name])
+            circle = " -> ".join([*path[path.index(name):], name])
             raise PosttrainError(f"{recipe.path}: stages", f"sections wait for each other: {circle}", "references without a circle",
                                  "Break the circle.")
         path.append(name)

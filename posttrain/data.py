@@ -15,6 +15,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +27,9 @@ Item = Demonstration | Pair | Prompt
 Row = tuple[int | None, dict | RowError]  # a row number (None: the whole file) and the row or what is wrong with it
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HELD_OUT_FIELD = {"demonstration": "demonstrations", "pair": "pairs", "prompt": "prompts"}
+_OTHER_FILES = (".arrow", ".avro", ".bz2", ".doc", ".docx", ".feather", ".gz", ".h5", ".hdf5", ".html", ".jsonlines", ".ndjson", ".npy", ".npz", ".ods",
+                ".orc", ".pdf", ".pickle", ".pkl", ".sqlite", ".tar", ".tgz", ".toml", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".xz", ".yaml", ".yml",
+                ".zip", ".zst")  # a file's and no hub name's; not every ending, since hub names hold dots (owner/set-v1.5, owner/xP3.mt)
 _BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"),
          (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
@@ -238,10 +242,12 @@ def _local(entry: DataEntry, recipe_dir: Path, place: str) -> Path | None:
     tried = [Path(recipe_dir) / path, path]
     found = next((p for p in tried if os.path.exists(p)), None)
     if found is None:
-        if file_kind(path) is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry.path):
+        other = path.suffix.lower() in _OTHER_FILES
+        if file_kind(path) is None and not other and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", entry.path):
             return None
         raise PosttrainError(place, f"no file '{entry.path}'", f"it at {' or '.join(dict.fromkeys(str(p.absolute()) for p in tried))}",
-                             "Paths count from the recipe's folder, then from the working directory.")
+                             "Paths count from the recipe's folder, then from the working directory"
+                             + ("." if file_kind(path) else f"; files end in {', '.join(SUFFIXES)}, or one of these with .gz."))
     if found.is_dir() or file_kind(found) is None:
         what = "a folder" if found.is_dir() else f"a file of an unknown kind ({found.suffix or 'no suffix'})"
         raise PosttrainError(place, f"'{entry.path}' is {what}", f"a file ending in {', '.join(SUFFIXES)}, or one of these with .gz",
@@ -273,7 +279,7 @@ def _hub_commit(entry: DataEntry, place: str) -> str:
 
     try:
         return HfApi().dataset_info(entry.path, revision=entry.revision, timeout=20).sha
-    except Exception as e:  # noqa: BLE001  the hub client has no common base for its, httpx's and the socket's errors
+    except Exception as e:  # the hub client has no common base for its, httpx's and the socket's errors
         raise _unreachable(place, entry, e) from None
 
 
@@ -289,7 +295,7 @@ def _hub_rows(entry: DataEntry, commit: str, place: str) -> Iterator[Row]:
         from datasets import load_dataset
 
         rows = load_dataset(entry.path, name=entry.name, data_dir=entry.data_dir, split=entry.split, revision=commit)
-    except Exception as e:  # noqa: BLE001  datasets raises whatever its many back ends do
+    except Exception as e:  # datasets raises whatever its many back ends do
         raise _unreachable(place, entry, e) from None
     yield from enumerate(rows, 1)
 
@@ -311,6 +317,17 @@ def content(item: Item) -> tuple:
     turns = item.prompt if isinstance(item, Pair) else item.messages
     answers = (item.chosen, item.rejected) if isinstance(item, Pair) else ()
     return (*((m["role"], m["content"]) for m in turns), *answers)
+
+
+@contextmanager
+def naming(items: list[Item], i: int):
+    """Say in an error about items[i] which one that is: its source, its place among them, its first words."""
+    try:
+        yield
+    except PosttrainError as e:
+        words = next((m["content"] for m in (items[i].prompt if isinstance(items[i], Pair) else items[i].messages) if m["role"] == "user"), "")
+        raise PosttrainError(f"{e.place}, item {i + 1} of {len(items)} from {items[i].source or 'this data set'} "
+                             f"({words[:50]!r}{'...' * (len(words) > 50)})", e.found, e.expected, e.do) from None
 
 
 def _rank(seed: int, *parts) -> bytes:

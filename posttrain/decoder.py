@@ -56,7 +56,7 @@ def merged_body(role, old: nn.Module | None = None) -> nn.Module:
 
 
 def _merged(role):
-    """(name of the linear layer, merged weight) of every adapted layer of the body."""
+    """(name of the layer, merged weight) of every adapted layer of the body."""
     for name, module in role.body.named_modules():
         if hasattr(module, "role_pointer"):
             base = module.base_layer.weight
@@ -65,6 +65,9 @@ def _merged(role):
                 yield name, (base.float() + module.scaling[role.adapter] * (b @ a)).to(base.dtype)
             else:
                 yield name, base
+        if hasattr(module, "row_pointer") and role.adapter in module.token_rows:  # the role's own rows of added turn tokens
+            slot, rows = module.row_slots[:, None], module.token_rows[role.adapter]["input"]
+            yield name, torch.where(slot >= 0, rows[module.row_slots.clamp_min(0)].to(module.weight.dtype), module.weight)
 
 
 def _skeleton(body: nn.Module, weights: dict[str, Tensor]) -> nn.Module:

@@ -24,9 +24,9 @@ from posttrain.stages import STAGES
 MARK = "posttrain.json"  # says that a folder is ours, and from which section
 SHARD = "5GB"
 EXACT = 1e-3  # nats: largest difference of a log-probability when everything is float32
-ROUNDED = 0.05  # nats a token: mean KL that rounding weights and activations to 16 bits may cause (a 135M model: 0.003)
+ROUNDED = 0.05  # nats a token: mean KL that rounding to 16 bits may cause (a 135M model: 0.003)
 LARGE = 0.1  # nats a token: worth a word
-QUANTIZED = 2.0  # nats a token (nf4 on a 135M model: about 0.4): beyond it the unquantized base is another model than the one the adapter was trained on
+QUANTIZED = 2.0  # nats a token (nf4 on a 135M model: about 0.4): beyond it the base is not the one the adapter was trained on
 PROBES = [("Why is the sky blue?", "Sunlight is scattered by the air, and blue light is scattered the most."),
           ("Write one sentence about a dog that is afraid of thunder.",
            "When the storm came, Bruno crept under the bed and waited for the quiet."),
@@ -119,7 +119,7 @@ def unmerged(roles: Roles, probes: list[list[int]]) -> list[Tensor]:
 def difference(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
     """Mean KL(before || after) a token, in nats, and the largest difference of a log-probability."""
     kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)]).mean().item()
-    return kl, max((p - q).abs().max().item() for p, q in zip(before, after, strict=True))
+    return max(kl, 0.0), max((p - q).abs().max().item() for p, q in zip(before, after, strict=True))
 
 
 def judge(section: Section, kl: float, worst: float, exact: bool) -> None:
@@ -238,7 +238,7 @@ def tell(section: Section, target: Path, kl: float, is_adapter: bool) -> None:
     size = sum(p.stat().st_size for p in target.iterdir()) / 1e6
     what = "merged and unmerged model" if is_adapter else "written and trained model"
     note = f" (the adapter was trained on the {model.quantization} base)" if model.quantization != "none" else ""
-    say(f"  {folder}: {size:,.0f} MB, {section.config.dtype}; {what} differ by {kl:.2g} nats of KL a token{note}")
+    say(f"  {folder}: {size:,.1f} MB, {section.config.dtype}; {what} differ by {kl:.2g} nats of KL a token{note}")
     if kl > LARGE:
         say("  note: that is a large difference; evaluate this folder itself before you trust the run's figures for it")
     if card.licence(model) == "unknown":

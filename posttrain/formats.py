@@ -21,6 +21,7 @@ _RATING_WORDS = RATINGS | {"negligibly_better_or_unsure": 0, "negligibly_better_
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = _ROLES | {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
                             "bard": "assistant", "model": "assistant", "bot": "assistant"}
+_TRUTH = {True: ("true", "yes", "y", "on", "1", "1.0"), False: ("false", "no", "n", "off", "0", "0.0")}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -49,6 +50,11 @@ class Pair:
     source: str = ""
     safety: bool = False
     meta: dict = field(default_factory=dict)
+
+    @property
+    def unsafe_preferred(self) -> bool:
+        """An unsafe answer was preferred to a safe one: such pairs are no part of the paper's safety data (section 3.2.1)."""
+        return self.chosen_safe is False and self.rejected_safe is True
 
 
 @dataclass(frozen=True)
@@ -222,13 +228,15 @@ def _one_of(row: dict, column: str, options: tuple[int, ...]) -> int:
 
 
 def _flag(value, column: str) -> bool | None:
-    """True or False, given as a bool, 0/1 or text (CSV). Null and empty text are None."""
+    """True or False, given as a bool, as 0 or 1, or in words (CSV). Null and empty text are None."""
     if value is None or value == "":
         return None
-    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
-    if isinstance(value, str) and value.strip().lower() in ("true", "false", "0", "1"):
-        return value.strip().lower() in ("true", "1")
+    word = value[:20].strip().lower() if isinstance(value, str) else ""
+    for truth, words in _TRUTH.items():
+        if word in words:
+            return truth
     raise _wrong_type(column, value, "true or false")
 
 
@@ -259,7 +267,8 @@ def _common(row: dict, *used: str) -> dict:
         if isinstance(key, str) and key not in (*used, "source", "safety") and _plain(key) and _plain(value):
             meta[key] = value
     source = row.get("source")
-    return {"source": source.strip() if isinstance(source, str) and _plain(source) else "", "safety": row.get("safety") is True or row.get("safety") in ("true", "True"), "meta": meta}
+    return {"source": source.strip() if isinstance(source, str) and _plain(source) else "", "safety": bool(_flag(row.get("safety"), "safety")),
+            "meta": meta}
 
 
 def _pair(prompt: list[Message], chosen: str, rejected: str, **rest) -> Pair:
@@ -320,7 +329,7 @@ def alpaca(row: dict) -> Demonstration:
     """{"instruction", "input"?, "output", "system"?}: tatsu-lab/alpaca and its many heirs."""
     _want(row, "instruction", "output")
     answer = _text(row["output"], "output", "empty_answer")
-    turns = _instruction(row) + [{"role": "assistant", "content": answer}]
+    turns = [*_instruction(row), {"role": "assistant", "content": answer}]
     return Demonstration(turns, **_common(row, "instruction", "input", "output", "system"))
 
 

@@ -135,8 +135,10 @@ def looks_truncated(answer: str) -> bool:
 
 
 def _row_warnings(s: _Set):
-    """Template tokens and answers that break off."""
+    """Template tokens, answers that break off, unsafe answers preferred to safe ones."""
     for i, item in enumerate(s.items):
+        if isinstance(item, Pair) and item.unsafe_preferred:
+            yield s.warn("unsafe_preferred", i, "the chosen answer is labelled unsafe, the rejected one safe: a safety reward model leaves the pair out")
         for who, texts in (("asking", _asked(item)), ("answering", _answers(item))):
             tokens = sorted({t for text in texts for t in TEMPLATE_TOKENS.findall(text)})
             if tokens:
@@ -320,7 +322,10 @@ def _usable(name: str, row: dict) -> bool:
 
 
 def guess_format(path: Path, columns: dict[str, str]) -> str:
-    """Of the formats that can read half of the first 20 rows, the one that needs most columns; else one whose columns are there."""
+    """Of the formats that can read half of the first 20 rows, the one that needs most columns; else one whose columns are there.
+
+    Of formats that need the same columns only the first, native one counts, and `prompt`, which looks at nothing but the prompt, only
+    where no other fits: rows with bad labels are not to be taken for a kind that has none."""
     if file_kind(path) is None:
         raise PosttrainError(str(path), "not a kind of file we read", f"a name that ends in {', '.join(SUFFIXES)}, or one of these with .gz",
                              "For a hub data set give its format.")
@@ -333,8 +338,10 @@ def guess_format(path: Path, columns: dict[str, str]) -> str:
         raise PosttrainError(str(path), f"cannot be read ({e.strerror})", "a readable file", "Check the path and its permissions.") from None
     if not rows:
         return "messages"  # nothing to tell formats apart by: every row is broken, which any format reports
-    able = [name for name in FORMATS if sum(_usable(name, row) for row in rows) * 2 >= len(rows)]
-    able = able or [name for name in FORMATS if sum(name in fitting(row) for row in rows) * 2 >= len(rows)]
+    names = list({f.columns: name for name, f in reversed(FORMATS.items())}.values())[::-1]
+    there = [name for name in names if sum(name in fitting(row) for row in rows) * 2 >= len(rows)]
+    able = [name for name in names if sum(_usable(name, row) for row in rows) * 2 >= len(rows)]
+    able = [n for n in able if n != "prompt"] or [n for n in there if n != "prompt"] or able or there
     if not able:
         raise PosttrainError(str(path), f"its columns fit no format ({name_columns(rows[0])})", f"those of one of {', '.join(FORMATS)}",
                              "Give --format, and map the names with columns.")

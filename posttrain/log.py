@@ -21,7 +21,7 @@ def say(text: str = "", style: str | None = None) -> None:
 
 def duration(seconds: float) -> str:
     """'42 s', '3 min 10 s', '2 h 05 min'."""
-    seconds = int(round(seconds))
+    seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:

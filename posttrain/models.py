@@ -14,6 +14,7 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -90,8 +91,13 @@ def _from_hub(load, config: ModelConfig, place: str):
         return load()
     except PosttrainError:
         raise
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as e:
         text = str(e)
+        if isinstance(e, RuntimeError) and "mismatched" not in text:
+            raise
+        if isinstance(e, (SafetensorError, RuntimeError)):
+            raise PosttrainError(f"{place}: model.name_or_path", f"the weights of '{config.name_or_path}' are damaged or do not fit its config.json "
+                                 f"({text.splitlines()[0][:100]})", "a complete model", "Copy or download it again.") from None
         if "trust_remote_code" in text:
             raise PosttrainError(f"{place}: model.name_or_path", f"'{config.name_or_path}' wants to run code from its repository",
                                  "a model whose code is part of transformers", "Remote code stays off; choose another model.") from None
@@ -370,6 +376,7 @@ class Roles:
             if p.shape != found[key].shape:
                 raise PosttrainError(str(source), f"{key} has shape {tuple(found[key].shape)}", f"{tuple(p.shape)}", "Check model.name_or_path.")
             p.data.copy_(found[key].float())
+        self.merged = (None, self.merged[1]) if self.merged else None  # writing to .data leaves no trace in a version
 
     def _full_role(self, name: str, source: Path | None, trainable: bool, head: str | None) -> Role:
         if self.config.quantization != "none":

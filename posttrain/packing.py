@@ -99,7 +99,7 @@ def token_budget(trees: list[Tree], budget: int, layout: str = "rows") -> list[l
             current, used, size = [], 0, cost(trees[i], layout)
         current.append(i)
         used += size
-    return out + [current] if current else out
+    return [*out, current] if current else out
 
 
 def collate(trees: list[Tree], indices: list[int], layout: str = "rows", pad: int = 0) -> MicroBatch:

@@ -20,13 +20,13 @@ from posttrain.errors import PosttrainError
 from posttrain.formats import FORMATS
 from posttrain.shape import read_shape
 
-TOKENS_PER_WORD = 1.35
+TOKENS_PER_WORD, TEMPLATE_TOKENS = 1.35, 32
 PAPER_BATCH = {"sft": 64, "reward": 512}
 FEWEST_STEPS, FEWEST_WARMUP = 50, 5
 KV_PEAK = 1.75  # generate.RowCache.keep makes the smaller memory beside the larger one, at three quarters of its rows
 RESERVE = 1.0e9  # bytes of a GPU that its driver and the allocator keep
 LABELS = ("counted", "declared", "estimated")
-USES = ("base", "roles", "optimizer", "kv_cache", "activations")
+USES = ("base", "roles", "optimizer", "decoder", "kv_cache", "activations")
 
 
 def weakest(*labels: str) -> str:
@@ -71,18 +71,20 @@ def packed_rows(rows: int, tokens: float, width: int) -> int:
 
 
 class Count(NamedTuple):
-    """Rows and their mean tokens."""
+    """Rows, their mean tokens, and the tokens of the longest where the rows are here."""
 
     rows: int
     tokens: float
     rows_are: str
     tokens_are: str
+    longest: float = math.inf
 
 
 def total(counts: list[Count]) -> Count:
     rows = sum(c.rows for c in counts)
     mean = sum(c.rows * c.tokens for c in counts) / rows if rows else 0.0
-    return Count(rows, mean, weakest("counted", *(c.rows_are for c in counts)), weakest("counted", *(c.tokens_are for c in counts)))
+    return Count(rows, mean, weakest("counted", *(c.rows_are for c in counts)), weakest("counted", *(c.tokens_are for c in counts)),
+                 max((c.longest for c in counts), default=0))
 
 
 def words(item) -> int:
@@ -93,7 +95,8 @@ def words(item) -> int:
 
 
 def count_items(items: list) -> Count:
-    return Count(len(items), TOKENS_PER_WORD * sum(map(words, items)) / max(len(items), 1), "counted", "estimated")
+    lengths = [TOKENS_PER_WORD * words(i) for i in items]
+    return Count(len(items), sum(lengths) / max(len(items), 1), "counted", "estimated", max(lengths, default=0) + TEMPLATE_TOKENS)
 
 
 class Data:
@@ -200,14 +203,16 @@ class Planner:
         return count._replace(rows=min(count.rows, getattr(config, "rows", None) or count.rows))
 
     def memory(self, frozen: int, trainable: int, kv_tokens: int = 0, training_tokens: int = 0, checkpointing: bool = False) -> dict:
-        """Bytes by use, at their peak. Decoding and training take turns, so the larger of key/value memory and activations counts."""
+        """Bytes by use, at their peak. Decoding and training take turns, so the larger of key/value memory and activations counts.
+        decoder: the merged copy that adapters on an unquantized base decode from (posttrain.decoder)."""
         shape, roles = self.shape, frozen + trainable
         size = self.lora * 4 if self.lora else shape.parameters * self.width
         out = {"base": shape.weights(self.model.quantization, self.width) if self.lora else 0.0,
                "roles": roles * size, "optimizer": 3 * trainable * size,  # gradient and Adam's two moments
+               "decoder": shape.body * self.width if kv_tokens and self.lora and self.model.quantization == "none" else 0,
                "kv_cache": KV_PEAK * kv_tokens * shape.kv(self.width),
                "activations": training_tokens * shape.activations(self.width, checkpointing)}
-        return out | {"total": out["base"] + out["roles"] + out["optimizer"] + max(out["kv_cache"], out["activations"])}
+        return out | {"total": sum(out[k] for k in USES[:4]) + max(out["kv_cache"], out["activations"])}
 
     def training(self, config, kind: str, count: Count, unit: str, units: int | None = None) -> dict:
         """What sft and reward share. units: packed sequences, when the batch counts those."""
@@ -232,7 +237,7 @@ class Planner:
 
     def sampling(self, config, prompts: Count, samples: int, forwards: float, frozen: int, trainable: int, **extra) -> dict:
         """What the sampling stages share: `samples` answers, and `forwards` passes over each prompt and answer besides decoding."""
-        longest = min(samples, config.batch) * (config.max_prompt_tokens + config.max_new_tokens)
+        longest = min(samples, config.batch) * (min(config.max_prompt_tokens, math.ceil(min(prompts.longest, 1e9))) + config.max_new_tokens)
         each = prompts.tokens + config.max_new_tokens
         label = weakest(prompts.rows_are, "estimated")
         return {"rows": prompts.rows, "tokens_per_row": prompts.tokens, "samples": samples,
@@ -309,8 +314,8 @@ def plan(recipe: cfg.Recipe, gpu: str | float | None = None, sections: list[str]
     """One dict a section, parents first; with `sections`, only those.
 
     Keys: section, kind, parameters, lora_parameters, and where they apply rows, tokens_per_row, batch, steps, warmup, samples, tokens
-    (through the model, each forward pass once), memory (bytes: base, roles, optimizer, kv_cache, activations, total), note, arithmetic,
-    warnings; labels says of each number whether it is counted, declared or estimated. gpu: memory to compare with, adds `fits`.
+    (through the model, each forward pass once), memory (bytes: base, roles, optimizer, decoder, kv_cache, activations, total), note,
+    arithmetic, warnings; labels says of each number whether it is counted, declared or estimated. gpu: memory to compare with, adds `fits`.
     """
     names = [n for n in cfg.order(recipe) if sections is None or n in sections]
     planner, room = Planner(recipe), gigabytes(gpu)
@@ -320,7 +325,8 @@ def plan(recipe: cfg.Recipe, gpu: str | float | None = None, sections: list[str]
         row |= {"model": recipe.model.name_or_path, "quantization": recipe.model.quantization}
         if room is not None:
             row["gpu"] = room
-            row["fits"] = row["memory"]["total"] + RESERVE <= room * 1e9
+            memory = row["memory"]
+            row["fits"] = memory["total"] - memory["decoder"] + RESERVE <= room * 1e9  # the copy is made only where there is room
             if not row["fits"]:
                 row["warnings"].append(_too_big(row, room))
     return rows
@@ -328,7 +334,7 @@ def plan(recipe: cfg.Recipe, gpu: str | float | None = None, sections: list[str]
 
 def _too_big(row: dict, room: float) -> str:
     memory = row["memory"]
-    largest = max(USES, key=memory.get)
+    largest = max((u for u in USES if u != "decoder"), key=memory.get)
     cure = {"base": "quantization: nf4", "roles": "adapters (model.lora)", "optimizer": "adapters (model.lora)",
             "kv_cache": "a lower batch or max_new_tokens",
             "activations": "activation_checkpointing: true, or a lower micro_batch_tokens"}[largest]
@@ -391,9 +397,9 @@ def _memory_table(rows: list[dict]) -> list[str]:
     size, unit = _unit(rows)
     fits = [f"fits {rows[0]['gpu']:g} GB"] if "fits" in rows[0] else []
     table = _table([f"memory in {unit} (estimated)", *(u.replace("_", " ") for u in uses), *fits], [
-        [r["section"], *(f"{r['memory'][u] / size:.2f}" for u in uses), *(["yes" if r["fits"] else "no"] * len(fits))] for r in rows])
-    return [*table, "base: the frozen weights that all adapters share; roles: the models or adapters a section holds;",
-            "decoding and training take turns, so the larger of key/value memory and activations counts"]
+        [r["section"], *(f"{r['memory'][u] / size:.2f}" for u in uses), *(["yes" if r.get("fits") else "no"] * len(fits))] for r in rows])
+    return [*table, "base: the frozen weights that all adapters share; roles: the models or adapters a section holds; decoder: a merged",
+            "copy to decode with, made where there is room; decoding and training take turns: the larger of their memories counts"]
 
 
 def _totals(rows: list[dict]) -> list[str]:

@@ -245,7 +245,8 @@ def sft_part(vs: list[View]) -> Part:
         part.figures += sft_figure(vs, v)
     part.facts = facts("Fine-tuning in numbers", vs, [v.name for v in vs], [
         ("optimizer steps", at("steps")), ("batch size", at("batch_size")), ("epochs", at("epochs")), ("training rows", rows_used),
-        ("left out, too long", at("too_long")), ("tokens read", at("train_tokens")), ("tokens with loss", at("loss_tokens")),
+        ("left out, too long", at("too_long")), ("held out, too long", at("held_out_too_long")), ("tokens read", at("train_tokens")),
+        ("tokens with loss", at("loss_tokens")),
         ("training loss, first", at("train_loss_first", form=fixed)), ("training loss, last", at("train_loss_last", form=fixed)),
         ("held-out loss, before", at("held_out_loss_before", form=fixed)), ("held-out loss, after", at("held_out_loss_after", form=fixed)),
         ("tokens a second", average("sft/tokens_per_second"))], "Losses are in nats per token.")
@@ -439,7 +440,8 @@ def reward_curves(vs: list[View], names: list[str]) -> list[Figure]:
 def reward_facts(vs: list[View], names: list[str]) -> list[Table]:
     own, cut = ("held_out", "own"), ("held_out", "own", "at_0.15")
     return facts("Reward models in numbers", vs, names, [
-        ("training pairs", at("train_pairs")), ("left out, too long", at("too_long")), ("margin", said("margin")),
+        ("training pairs", at("train_pairs")), ("left out, too long", at("too_long")), ("held out, too long", at("held_out_too_long")),
+        ("left out, unsafe answer preferred", at("unsafe_preferred")), ("margin", said("margin")),
         ("weight of the safety loss", at("safety_loss_weight")), ("optimizer steps", at("steps")),
         ("score, mean", at("score_mean", form=fixed)), ("score, deviation", at("score_std", form=fixed))]) + facts(
         "On its own held-out pairs", vs, names, [

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -120,6 +120,18 @@ class Section:
         """The section that '@name' names."""
         return self.run.section(ref.removeprefix("@"))
 
+    def data_names(self) -> list[str]:
+        """The data sets and '@section' outputs that the section reads, each once."""
+        return list(dict.fromkeys(name for names in cfg.fields_referring_to(self.config, "data").values() for name in names))
+
+    def count_rows(self) -> None:
+        """Say what is left out of the section's data, and keep the counts in the manifest."""
+        self.manifest["rows"] = {name: self.run.data_of(name).counts for name in self.data_names()}
+        self.save_manifest()
+        for name, counts in self.manifest["rows"].items():
+            if words := left_out(counts):
+                self.log.say(f"left out of {name}: {words}")
+
     def results(self) -> dict:
         """What the section measured, as `finish` stored it."""
         return read_json(self.folder / "results.json")
@@ -149,9 +161,8 @@ class Section:
         out = {"run.seed": self.seed, "format": FORMAT, **flatten("model", recipe.model.model_dump())}
         stage = {k: v for k, v in self.config.model_dump().items() if k not in NOT_PART_OF_THE_RESULT}
         out |= flatten(f"stages.{self.name}", stage)
-        for names in cfg.fields_referring_to(self.config, "data").values():
-            for name in (n for n in names if not n.startswith("@")):
-                out |= self.run.data_inputs(name)
+        for name in (n for n in self.data_names() if not n.startswith("@")):
+            out |= self.run.data_inputs(name)
         for value in cfg.fields_referring_to(self.config, "model").values():
             out |= self.run.model_inputs(value)
         for ref in dict.fromkeys(cfg.references(self.config.model_dump())):
@@ -229,7 +240,8 @@ class Run:
             raise PosttrainError(str(folder / "data.jsonl"), f"row {loaded.findings[0].row}: {loaded.findings[0].detail}", "the rows its section wrote",
                                  "Delete the section's folder; it will be made again.")
         train = self.data.without_held_out(loaded.items)
-        return Split(train=train, held_out=[], kind=loaded.kind, counts={"rows": loaded.rows, "kept": len(train)})
+        counts = {"rows": loaded.rows, "kept": len(train), "bad": 0, "skipped": {}, "removed": len(loaded.items) - len(train)}
+        return Split(train=train, held_out=[], kind=loaded.kind, counts=counts)
 
     def data_inputs(self, name: str) -> dict:
         entries = [e.model_dump(exclude={"expect"}) for e in self.recipe.data_sets[name]]
@@ -281,12 +293,25 @@ class Run:
             section.manifest = {
                 "kind": section.kind, "section": section.name, "fingerprint": section.fingerprint, "inputs": section.inputs(),
                 "parents": {r: self.section(r).fingerprint for r in dict.fromkeys(cfg.references(section.config.model_dump()))},
+                "data": {key: value for key, value in self.data.fingerprints.items() if key.rpartition("[")[0] in section.data_names()},
                 "seed": section.seed, "base": {"name_or_path": self.recipe.model.name_or_path, "revision": self.recipe.model.revision},
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "exact": True, **provenance(),
             }
             section.save_manifest()
             write_atomic(section.folder / "config.yaml", cfg.dump_yaml(
                 {"section": section.name, "model": self.recipe.model.model_dump(), "stage": section.config.model_dump()}))
+
+
+def left_out(counts: dict) -> str:
+    """What a Split's counts leave out, in words: '3 bad rows, 2 ties'; empty where every row is used."""
+    def rows(n: int, what: str) -> str:
+        return f"{n} row{'s' * (n != 1)} {what}"
+
+    bad, removed = counts["bad"], counts["removed"]
+    parts = [f"{bad} bad row{'s' * (bad != 1)}"] if bad else []
+    for reason, n in counts["skipped"].items():
+        parts.append(f"{n} tie{'s' * (n != 1)}" if reason == "tie" else rows(n, f"with {reason.replace('_', ' ')}"))
+    return ", ".join(parts + ([rows(removed, "whose prompt is held out elsewhere")] if removed else []))
 
 
 def provenance() -> dict:
@@ -335,6 +360,7 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
                 say("  found among the earlier results; nothing to do")
                 continue
             run.clock = time.time()
+            section.count_rows()
             try:
                 load_module(section.kind).run(section)
             except OSError as e:
@@ -345,13 +371,12 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
             finally:
                 if not (section.folder / "DONE").exists() and section.manifest:
                     section.manifest["seconds"] = round(section.manifest.get("seconds", 0) + time.time() - run.clock, 1)
-                    try:
+                    with suppress(OSError):
                         section.save_manifest()
-                    except OSError:
-                        pass
             say(f"  done in {duration(section.manifest['seconds'])}")
         if whole:
-            say(f"All {len(names)} sections of {run.recipe.run.name} are done ({duration(time.time() - began)} this time).", style="bold")
+            what = f"All {len(names)} sections of {run.recipe.run.name} are" if len(names) > 1 else f"The one section of {run.recipe.run.name} is"
+            say(f"{what} done ({duration(time.time() - began)} this time).", style="bold")
 
 
 def sections_of(recipe: cfg.Recipe, kinds: set[str]) -> list[str]:
@@ -363,7 +388,7 @@ def stage_home(kind: str) -> str:
 
 
 def preflight(run: Run, names: list[str] | None = None) -> None:
-    """Everything that can be wrong and seen without loading a model: data rows, built-in packages, local model folders."""
+    """Everything that can be wrong and seen without loading a model: data rows, built-in packages, local model folders, references."""
     from posttrain import builtin
 
     recipe = run.recipe
@@ -378,7 +403,9 @@ def preflight(run: Run, names: list[str] | None = None) -> None:
                              "Add model.lora: {r: 16, alpha: 32}, or set quantization: none.")
     for name in names or recipe.stages:
         for field_name, value in cfg.fields_referring_to(recipe.stages[name], "model").items():
+            wanted, do = ("report", "Name an evaluate section.") if field_name == "evaluation" else ("model", "Name an sft, reward or ppo section.")
             for ref in value.values() if isinstance(value, dict) else [value]:
-                if ref.startswith("@") and STAGES[recipe.stages[ref[1:]].stage].makes not in ("model", "report"):
-                    raise PosttrainError(f"{recipe.path}: stages.{name}.{field_name}", f"'{ref}' makes {STAGES[recipe.stages[ref[1:]].stage].makes}",
-                                         "a section that makes a model", "Name an sft, reward or ppo section.")
+                made = STAGES[recipe.stages[ref[1:]].stage].makes if ref.startswith("@") else wanted
+                if made != wanted:
+                    raise PosttrainError(f"{recipe.path}: stages.{name}.{field_name}", f"'{ref}' makes {'data' if made == 'data' else f'a {made}'}",
+                                         f"a section that makes a {wanted}", do)

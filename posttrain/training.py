@@ -2,6 +2,7 @@
 batch, split into token-budget micro-batches and normalised over the whole step; checkpoints with checksums; exact resume.
 """
 
+import math
 import random
 import shutil
 import time
@@ -211,6 +212,9 @@ class _Watch(TrainerCallback):
         t = self.trainer
         if "grad_norm" not in (logs or {}):
             return
+        if not math.isfinite(float(logs["grad_norm"])):  # before the step's weights can reach a checkpoint
+            raise PosttrainError(t.section.place, f"the gradient's norm became {float(logs['grad_norm'])} at step {state.global_step}",
+                                 "a finite norm", "Lower learning_rate, or set model.dtype: float32; the last checkpoint is kept.")
         now = time.time()
         row = {f"{self.stage}/{k}": v for k, v in {**t.log_row(t.step_stats), "learning_rate": logs["learning_rate"],
                                                    "grad_norm": float(logs["grad_norm"]),
@@ -229,16 +233,16 @@ def training_arguments(config, section: Section, roles: Roles, role: Role, steps
     warmup = 0 if config.warmup_ratio == 0 else max(5, -(-int(config.warmup_ratio * steps * 1000) // 1000))
     warmup = min(warmup, max(steps - 1, 0))
     autocast = role.adapter is None and roles.dtype == torch.float32 and section.recipe.model.dtype == "auto" and _bf16_autocast(roles)
-    return dict(
-        output_dir=str(section.folder), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=1,
-        learning_rate=config.learning_rate or default_lr, weight_decay=config.weight_decay, adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2, adam_epsilon=config.adam_epsilon, max_grad_norm=config.max_grad_norm, optim="adamw_torch",
-        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": config.min_lr_ratio}, warmup_steps=warmup,
-        logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps", save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit, report_to="none", disable_tqdm=True, bf16=autocast, fp16=False, tf32=None,
-        use_cpu=roles.device.type == "cpu", gradient_checkpointing=config.activation_checkpointing, seed=section.seed, data_seed=section.seed,
-        remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=False, max_length=None,
-    )
+    return {
+        "output_dir": str(section.folder), "max_steps": steps, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+        "learning_rate": config.learning_rate or default_lr, "weight_decay": config.weight_decay, "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2, "adam_epsilon": config.adam_epsilon, "max_grad_norm": config.max_grad_norm, "optim": "adamw_torch",
+        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": config.min_lr_ratio}, "warmup_steps": warmup,
+        "logging_strategy": "steps", "logging_steps": 1, "logging_nan_inf_filter": False, "save_strategy": "steps", "save_steps": config.save_steps,
+        "save_total_limit": config.save_total_limit, "report_to": "none", "disable_tqdm": True, "bf16": autocast, "fp16": False, "tf32": None,
+        "use_cpu": roles.device.type == "cpu", "gradient_checkpointing": config.activation_checkpointing, "seed": section.seed, "data_seed": section.seed,
+        "remove_unused_columns": False, "dataloader_num_workers": 0, "dataloader_pin_memory": False, "max_length": None,
+    }
 
 
 def _bf16_autocast(roles: Roles) -> bool:

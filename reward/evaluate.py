@@ -9,7 +9,8 @@ from posttrain.data import prompt_key
 from posttrain.formats import RATINGS, Pair
 from posttrain.statistics import balanced_interval, interval
 
-BINS = {(True, False): "chosen safe, rejected unsafe", (True, True): "both safe", (False, False): "both unsafe"}
+BINS = {(True, False): "chosen safe, rejected unsafe", (True, True): "both safe", (False, False): "both unsafe",
+        (False, True): "chosen unsafe, rejected safe"}
 
 
 def evaluate(pairs: list[Pair], scores: list[list[float]], lengths: list[tuple[int, int]]) -> dict:

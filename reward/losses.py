@@ -1,6 +1,5 @@
 """The reward models' losses, term by term (paper Eq. 2, Table 27, appendix A.3.4). Pure: torch and nothing else."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

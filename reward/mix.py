@@ -25,6 +25,12 @@ def mix(own: list[Pair], other: list[Pair], own_share: float, seed: int) -> tupl
     return [*chosen_own, *chosen_other], {"own": len(chosen_own), "other": len(chosen_other), "by_source": by_source}
 
 
+def without_unsafe_preferred(pairs: list[Pair]) -> tuple[list[Pair], int]:
+    """The pairs but for those whose chosen answer is labelled unsafe and whose other is safe (paper section 3.2.1), and how many those are."""
+    kept = [p for p in pairs if not p.unsafe_preferred]
+    return kept, len(pairs) - len(kept)
+
+
 def _sample(rows: list, n: int, rng: random.Random) -> list:
     """n rows without repetition, kept in order."""
     return list(rows) if n >= len(rows) else [rows[i] for i in sorted(rng.sample(range(len(rows)), n))]

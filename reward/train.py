@@ -7,6 +7,7 @@ from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from posttrain import chat
+from posttrain.data import naming
 from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.models import Roles, roles_for, source_of
@@ -16,7 +17,7 @@ from posttrain.runs import Section
 from posttrain.training import StepTrainer, choose_budget, clean, fit, plan_batches, training_arguments
 from reward import losses
 from reward.evaluate import evaluate
-from reward.mix import mix
+from reward.mix import mix, without_unsafe_preferred
 from reward.score import scores
 
 PAPER_BATCH, PAPER_RATE, PAPER_RATE_70B, ADAPTER_RATE = 512, 1e-5, 5e-6, 1e-4
@@ -55,8 +56,9 @@ def encode(pairs: list[Pair], tokenizer, max_length: int) -> tuple[list[Tree], l
     """Pairs -> trees (prompt; chosen, rejected); indices of those that fit max_length tokens and of those that do not."""
     trees, kept, too_long = [], [], []
     for i, pair in enumerate(pairs):
-        prompt = chat.encode_prompt(tokenizer, pair.prompt)
-        t = tree(prompt, [chat.encode_answer(tokenizer, pair.prompt, a) for a in (pair.chosen, pair.rejected)])
+        with naming(pairs, i):
+            prompt = chat.encode_prompt(tokenizer, pair.prompt)
+            t = tree(prompt, [chat.encode_answer(tokenizer, pair.prompt, a) for a in (pair.chosen, pair.rejected)])
         if t.prompt + max(b - a for a, b in t.spans) > max_length:
             too_long.append(i)
         else:
@@ -84,9 +86,13 @@ def judge(roles: Roles, role: str, trees: list[Tree], pairs: list[Pair], budget:
 
 
 def run(section: Section) -> None:
-    config = section.config
+    config, weight = section.config, section.config.safety_loss_weight
     own, own_held = gather(section, config.own, "own")
     other, other_held = gather(section, config.other, "other")
+    unsafe_preferred = 0
+    if weight:  # the ranking loss would ask for one order, the safety loss for the other
+        (own, n), (other, m) = map(without_unsafe_preferred, (own, other))
+        unsafe_preferred = n + m
     pairs, composition = mix(own, other, config.own_share, section.seed)
     roles = roles_for(section)
     trees, kept, too_long = encode(pairs, roles.tokenizer, config.max_length)
@@ -98,10 +104,11 @@ def run(section: Section) -> None:
     pairs = [pairs[i] for i in kept]
     if not pairs:
         raise PosttrainError(f"{section.place}.own", "no pair is left to train on", "at least one", "Check the data and max_length.")
-    held = {}
+    held, held_too_long = {}, 0
     for name, rows in (("own", own_held), ("other", other_held)):
-        held_trees, held_kept, _ = encode(rows, roles.tokenizer, config.max_length)
+        held_trees, held_kept, long = encode(rows, roles.tokenizer, config.max_length)
         held[name] = (held_trees, [rows[i] for i in held_kept])
+        held_too_long += len(long)
 
     full = section.recipe.model.lora is None
     torch.manual_seed(section.seed)
@@ -111,14 +118,17 @@ def run(section: Section) -> None:
     role.net.config.num_labels = 1
     budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, role))
     batch, steps = batch_and_steps(len(pairs), PAPER_BATCH, config.batch_size, config.epochs, config.max_steps)
-    weight = config.safety_loss_weight
     section.log.say(f"{len(pairs)} pairs: {composition['own']} own, {composition['other']} other; margin {config.margin}"
                     f"{f', safety loss x {weight:g}' if weight else ''}; {len(too_long)} too long; {steps} steps of {batch}; "
                     f"held out: {len(held['own'][1])} own, {len(held['other'][1])} other")
+    if unsafe_preferred:
+        section.log.say(f"{unsafe_preferred} pair{'s' * (unsafe_preferred != 1)} that prefer an unsafe answer to a safe one left out of training (paper 3.2.1)")
+    if held_too_long:
+        section.log.say(f"{held_too_long} held-out pair{'s' * (held_too_long != 1)} longer than {config.max_length} tokens left out")
 
     data = Dataset.from_dict({"chosen_ids": [t.ids[:t.ends[0]] for t in trees[:1]], "rejected_ids": [t.ids[:t.prompt] + t.ids[t.ends[0]:] for t in trees[:1]]})
     rate = ADAPTER_RATE if not full else PAPER_RATE_70B if sum(p.numel() for p in role.net.parameters()) > 5e10 else PAPER_RATE
-    args = RewardConfig(**training_arguments(config, section, roles, role, steps, rate))
+    args = RewardConfig(**training_arguments(config, section, roles, role, steps, rate), disable_dropout=False)  # model.lora.dropout decides
     trainer = _Trainer(model=role.net, args=args, train_dataset=data, processing_class=roles.tokenizer)
     trainer.bind(section, roles, role, trees, plan_batches(len(pairs), batch, steps, section.seed), budget)
     trainer.bind_pairs(pairs, config.margin, weight)
@@ -134,7 +144,8 @@ def run(section: Section) -> None:
     check_reload(section, roles, trees[:4], budget)
     section.finish({
         "which": "safety" if weight or config.own_share > 0.75 else "helpfulness", "margin": config.margin, "safety_loss_weight": weight,
-        "composition": composition, "too_long": len(too_long), "train_pairs": len(pairs), "steps": steps, "batch_size": batch,
+        "composition": composition, "too_long": len(too_long), "held_out_too_long": held_too_long,
+        "unsafe_preferred": unsafe_preferred, "train_pairs": len(pairs), "steps": steps, "batch_size": batch,
         "score_mean": float(np.mean(flat)), "score_std": float(np.std(flat)), "held_out": results,
         "threshold_precision_90": results["own"].get("threshold_precision_90"),
     })

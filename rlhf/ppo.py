@@ -9,7 +9,6 @@ import resource
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -357,12 +356,16 @@ def keep_best(section: Section, roles: Roles, state: State, rows: list[dict], it
 
 
 def iteration_metrics(scored: Scored, rollout: Rollout, kl: Tensor, returns: Tensor, stats: dict, clock: list[float]) -> dict:
-    """Everything reported about an iteration. Rewards are raw, never whitened."""
+    """Everything reported about an iteration. Rewards are raw, never whitened.
+
+    clock: when the iteration began, was scored, had its log-probabilities and values, and was updated. seconds_generate is the
+    sampling alone; seconds_score is both reward models, log-probabilities and values."""
     lengths = rollout.response_mask.sum(1).float()
     routed = scored.by_tag | scored.by_threshold
-    seconds = [b - a for a, b in pairwise(clock)]
+    began, _, read, ended = clock
     branches = (("safety_branch", scored.safety, routed), ("helpfulness_branch", scored.helpfulness, ~routed))
     branch = {n: x[m].mean().item() if m.any() else None for n, x, m in branches}
+    branch |= {f"{n}_std": x[m].std(unbiased=False).item() if m.any() else None for n, x, m in branches}
     own = {
         "merged_reward": scored.merged.mean().item(), "merged_reward_std": scored.merged.std(unbiased=False).item(),
         "helpfulness": scored.helpfulness.mean().item(), "safety": scored.safety.mean().item(), **branch,
@@ -370,8 +373,8 @@ def iteration_metrics(scored: Scored, rollout: Rollout, kl: Tensor, returns: Ten
         "value_mean": masked_mean(rollout.values, rollout.response_mask).item(), "answer_tokens": lengths.mean().item(),
         "finished": scored.finished.float().mean().item(), "routed_by_tag": scored.by_tag.float().mean().item(),
         "routed_by_threshold": scored.by_threshold.float().mean().item(), **stats,
-        "seconds_generate": seconds[0], "seconds_score": seconds[1], "seconds_update": seconds[2],
-        "tokens_per_second": lengths.sum().item() / max(sum(seconds), 1e-9), "peak_memory_gb": peak_memory(),
+        "seconds_generate": scored.sampling_seconds, "seconds_score": read - began - scored.sampling_seconds, "seconds_update": ended - read,
+        "tokens_per_second": lengths.sum().item() / max(ended - began, 1e-9), "peak_memory_gb": peak_memory(),
     }
     return {f"ppo/{k}": v for k, v in own.items()}
 

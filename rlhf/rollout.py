@@ -1,12 +1,14 @@
 """Prompts -> sampled, scored answers: what rejection sampling and PPO have in common."""
 
 import hashlib
+import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from posttrain import chat
+from posttrain.data import naming
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
 from posttrain.generate import Completion, Sampling, sample
@@ -34,10 +36,11 @@ def derive_seed(*parts) -> int:
 def encode_prompts(section: Section, prompts: list[Prompt], roles: Roles, max_tokens: int) -> list[Encoded]:
     """Encode; leave out, and name, prompts longer than max_tokens."""
     out, long = [], []
-    for p in prompts:
+    for i, p in enumerate(prompts):
         if not isinstance(p, Prompt):
             raise PosttrainError(f"{section.place}.prompts", f"'{p.source}' holds {type(p).__name__.lower()}s", "prompts", "Name a data set of prompts.")
-        ids = chat.encode_prompt(roles.tokenizer, p.messages)
+        with naming(prompts, i):
+            ids = chat.encode_prompt(roles.tokenizer, p.messages)
         (out if len(ids) <= max_tokens else long).append(Encoded(p, ids))
     if long:
         section.log.say(f"{len(long)} prompts are longer than max_prompt_tokens {max_tokens} and left out (first: "
@@ -59,6 +62,7 @@ class Scored:
     by_tag: Tensor  # (prompts, K) bool: routed to the safety score by the prompt's tag
     by_threshold: Tensor  # routed by the threshold alone
     finished: Tensor
+    sampling_seconds: float = 0.0  # without the scoring
 
     def rows(self, tokenizer) -> list[dict]:
         """One plain row per answer, for disk."""
@@ -77,7 +81,9 @@ def sample_and_score(roles: Roles, role: str, scorer: Scorer, prompts: list[Enco
 
     standardize: put each model's score on its own held-out mean and deviation before the merge (the gate's test stays on raw R_s).
     """
+    began = time.perf_counter()
     answers = sample(roles, role, [p.ids for p in prompts], samples, sampling, seed, stop=chat.end_of_turn(roles.tokenizer), batch=batch, tick=tick)
+    seconds = time.perf_counter() - began
     raw = scorer([p.ids for p in prompts], [[a.ids for a in group] for group in answers])
     h, s = torch.tensor(raw["helpfulness"]), torch.tensor(raw["safety"])
     told = torch.tensor([lp for group in answers for a in group for lp in a.logprobs])
@@ -89,7 +95,8 @@ def sample_and_score(roles: Roles, role: str, scorer: Scorer, prompts: list[Enco
     if standardize:
         (hm, hs), (sm, ss) = (scorer.statistics[n] for n in ("helpfulness", "safety"))
         merged = torch.where(tagged | by_threshold, (s - sm) / ss, (h - hm) / hs)
-    return Scored(prompts, answers, h, s, merged, tagged, by_threshold, torch.tensor([[a.finished for a in group] for group in answers]))
+    return Scored(prompts, answers, h, s, merged, tagged, by_threshold, torch.tensor([[a.finished for a in group] for group in answers]),
+                  seconds)
 
 
 @dataclass(frozen=True)

@@ -139,9 +139,11 @@ def difference(after: list[dict], before: list[dict], groups: list[str], limit: 
 def _checks(config, row: dict) -> list[dict]:
     """What a comparison must show: merged reward up by over two standard errors, KL bounded, unsafe share not clearly up."""
     pair = f"{row['a']} over {row['b']}"
-    z, unsafe = row["standard_errors"], row["unsafe_share"]
-    out = [{"name": f"{pair}: merged reward rises by more than two standard errors", "met": z is not None and z > 2,
-            "detail": f"{row['merged']['mean']:+.3f}, {f'{z:.1f} standard errors' if z is not None else 'no spread between prompts'}"}]
+    z, error, rise, unsafe = row["standard_errors"], row["standard_error"], row["merged"]["mean"], row["unsafe_share"]
+    alike = "no difference at all" if rise == 0 else "the same for every prompt"
+    spread = "one prompt only" if error is None else alike if error == 0 else f"{z:.1f} standard errors"
+    out = [{"name": f"{pair}: merged reward rises by more than two standard errors", "met": error is not None and rise > 2 * error,
+            "detail": f"{rise:+.3f}, {spread}"}]
     if config.max_sequence_kl is not None:
         out.append({"name": f"{pair}: mean sequence KL at most {config.max_sequence_kl:g} nats", "met": row["kl"] <= config.max_sequence_kl,
                     "detail": f"{row['kl']:.2f} nats"})

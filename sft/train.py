@@ -5,6 +5,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from posttrain import chat
+from posttrain.data import naming
 from posttrain.errors import PosttrainError
 from posttrain.formats import Demonstration
 from posttrain.models import Roles, roles_for, source_of
@@ -34,7 +35,8 @@ def encode(items: list[Demonstration], tokenizer, max_length: int) -> tuple[list
     """Demonstrations -> trees, the indices of those kept, and how many are longer than max_length tokens (left out, counted)."""
     trees, kept, too_long = [], [], 0
     for i, item in enumerate(items):
-        ids, mask = chat.encode_dialogue(tokenizer, item.messages, item.loss)
+        with naming(items, i):
+            ids, mask = chat.encode_dialogue(tokenizer, item.messages, item.loss)
         if len(ids) > max_length:
             too_long += 1
             continue
@@ -79,7 +81,7 @@ def run(section: Section) -> None:
     trees, kept, too_long = encode(train, roles.tokenizer, config.max_length)
     if not trees:
         raise PosttrainError(f"{section.place}.data", f"no demonstration fits max_length {config.max_length}", "at least one", "Raise max_length.")
-    held_trees, _, _ = encode(held_out, roles.tokenizer, config.max_length)
+    held_trees, _, held_too_long = encode(held_out, roles.tokenizer, config.max_length)
 
     torch.manual_seed(section.seed)
     full = section.recipe.model.lora is None
@@ -97,6 +99,8 @@ def run(section: Section) -> None:
                     f"{len(held_trees)} held out; {section.manifest['decisions']['dtype']}, micro-batches of {budget} tokens")
     if too_long:
         section.log.say(f"the {too_long} that are too long are rows {[i for i in range(len(train)) if i not in set(kept)][:5]} ... of the training part")
+    if held_too_long:
+        section.log.say(f"{held_too_long} held-out demonstration{'s' * (held_too_long != 1)} longer than {config.max_length} tokens left out")
 
     data = Dataset.from_dict({"input_ids": [t.ids for t in trees], "labels": [labels(t) for t in trees]})
     args = SFTConfig(**training_arguments(config, section, roles, role, steps, PAPER_RATE if full else ADAPTER_RATE),
@@ -107,12 +111,13 @@ def run(section: Section) -> None:
 
     from posttrain.log import read_lines
 
-    rows = [r for r in read_lines(section.folder / "metrics.jsonl")]
+    rows = read_lines(section.folder / "metrics.jsonl")
     losses = [r["sft/loss"] for r in rows if "sft/loss" in r]
     held = [r["sft/held_out_loss"] for r in rows if r.get("sft/held_out_loss") is not None]
     head = max(1, len(losses) // 10)
     section.finish({
         "steps": steps, "epochs": config.epochs, "batch_size": batch, "train_rows": len(trees), "too_long": too_long,
+        "held_out_too_long": held_too_long,
         "train_tokens": sum(sum(len(trees[i]) for i in b) for b in batches), "loss_tokens": loss_tokens,
         "train_loss_first": sum(losses[:head]) / head, "train_loss_last": sum(losses[-head:]) / head,
         "held_out_loss_before": held[0] if held else None, "held_out_loss_after": held[-1] if held else None, "data": counts,

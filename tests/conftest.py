@@ -61,15 +61,22 @@ def make_roles():
 
 @pytest.fixture(scope="session")
 def scramble():
-    """scramble(role, seed, scale): put noise into a role's parameters, so that a fresh adapter (whose B is zero) says something."""
+    """scramble(role, seed, scale): noise in a role's parameters, the same every time: a fresh adapter's A is random and its B zero."""
 
     def put(role, seed: int = 0, scale: float = 0.05):
         import torch
 
         generator = torch.Generator().manual_seed(seed)
-        parameters = role.parameters() if role.trainable else [p for n, p in role.net.named_parameters() if f".{role.adapter}." in n]
-        for p in parameters:
-            p.data.add_(torch.randn(p.shape, generator=generator).to(p) * scale)
+        with torch.no_grad():
+            for n, p in role.net.named_parameters():
+                mine = f".{role.adapter}." in n and ".heads." not in f".{n}" if role.adapter else ".heads." not in f".{n}"
+                noise = torch.randn(p.shape, generator=generator).to(p) if mine else None
+                if mine and "lora_" in n:
+                    p.copy_(noise * (0.1 if "lora_A" in n else scale))
+                elif mine:
+                    p.add_(noise * scale)
+            if role.head is not None:
+                role.head.weight.add_(torch.randn(role.head.weight.shape, generator=generator).to(role.head.weight) * scale)
         return role
 
     return put
@@ -94,7 +101,8 @@ def make_run(tmp_path):
 
         data = {}
         for key, given, source, form in (("demonstrations", demonstrations, "demonstrations", "messages"),
-                                         ("helpful", pairs, "helpful_pairs", "preference"), ("safety", safety, "safety_pairs", "preference")):
+                                         ("helpful", pairs, "helpful_pairs", "preference"),
+                                         ("safety", safety, "safety_pairs", "preference")):
             given = rows(source, given) if isinstance(given, int) else given
             (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in given), encoding="utf-8")
             data[key] = [{"path": f"{key}.jsonl", "format": form}]

@@ -38,7 +38,7 @@ def _write_data(folder: Path) -> None:
 def parents(base: Path) -> Path:
     """The folder with the data and the finished sections, made once a session. base: where pytest keeps this session's folders."""
     folder = base / "rlhf-parents"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     _write_data(folder)
     run_sections(Run(recipe(folder, folder, {})), list(PARENTS))
     return folder

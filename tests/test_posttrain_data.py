@@ -269,11 +269,26 @@ def test_paths_count_from_the_recipe_then_from_the_working_directory(tmp_path, m
 def test_paths_that_lead_nowhere(tmp_path, path, words):
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(PosttrainError, match="r.yaml: data.x") as e:
+    with pytest.raises(PosttrainError, match=r"r\.yaml: data\.x") as e:
         load_entry(DataEntry(path=path, format="prompt"), tmp_path, 0, "r.yaml: data.x[0]")
     assert words in e.value.found and e.value.expected and e.value.do
     if path == "missing.jsonl":
         assert str(tmp_path / path) in str(e.value) and str(Path(path).absolute()) in str(e.value)
+
+
+@pytest.mark.parametrize("path", ["answers.xlsx", "my_data/answers.tsv", "answers.txt", "data/train.arrow", "a.ndjson", "data/all.tar.gz", "x.jsonl.zip",
+                                  "NOTES.TXT", "./answers.yaml", "../data/answers", "./answers"])
+def test_a_missing_file_of_a_kind_we_do_not_read_asks_no_hub(tmp_path, monkeypatch, path):
+    monkeypatch.setattr(data, "_hub_commit", lambda *a: pytest.fail("the hub was asked"))
+    with pytest.raises(PosttrainError, match=r"r\.yaml: data\.x\[0\]: no file") as e:
+        load_entry(DataEntry(path=path, format="prompt"), tmp_path, 0, "r.yaml: data.x[0]")
+    assert ".jsonl, .json, .csv, .parquet" in str(e.value) and str((tmp_path / path).absolute()) in str(e.value)
+
+
+@pytest.mark.parametrize("path", ["owner/set", "set", "owner/set-v1.5", "owner/xP3.mt", "Owner_1/Set.2024.en", "owner/c4.en"])
+def test_hub_names_may_hold_dots(tmp_path, monkeypatch, path):
+    monkeypatch.setattr(data, "_hub_commit", lambda entry, place: f"commit of {entry.path}")
+    assert fingerprint_entry(DataEntry(path=path, format="hh"), tmp_path) == f"commit of {path}"
 
 
 def test_a_hub_name_is_loaded_at_its_commit_without_remote_code(tmp_path, monkeypatch):

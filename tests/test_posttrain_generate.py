@@ -37,7 +37,7 @@ def stop(roles) -> int:
     return max(set(said), key=said.count)
 
 
-# -- one choice ------------------------------------------------------------------------------------------------------------------------------
+# -- one choice --------------------------------------------------------------------------------------------------------------------------
 
 
 def logits_of(v: int, seed: int = 0, scale: float = 1.5) -> torch.Tensor:
@@ -116,7 +116,7 @@ def test_the_ends_of_the_unit_interval_and_impossible_tokens(top_p):
     torch.testing.assert_close(logprob, torch.full((4,), -math.log(3)))
 
 
-# -- the loop ---------------------------------------------------------------------------------------------------------------------------------
+# -- the loop ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampling", [Sampling(24), Sampling(24, 0.7), Sampling(24, 1.3, 0.8)], ids=["plain", "cool", "hot top-p"])
@@ -183,8 +183,9 @@ def test_an_answer_ends_at_the_stop_token_or_is_cut_off(roles, stop):
     for c in out:
         assert c.finished == (c.ids[-1] == stop) and stop not in c.ids[:-1]
         assert c.finished or len(c.ids) == 16
-    last = [c for group in draw(roles, samples=40, sampling=Sampling(1), stop=stop) for c in group]
-    assert all(len(c.ids) == 1 and c.finished == (c.ids == [stop]) for c in last) and {c.finished for c in last} == {True, False}
+    first = out[0].ids[0]  # a stop that is said at once by some
+    last = [c for group in draw(roles, samples=40, sampling=Sampling(1), stop=first) for c in group]
+    assert all(len(c.ids) == 1 and c.finished == (c.ids == [first]) for c in last) and {c.finished for c in last} == {True, False}
 
 
 def test_roles_speak_with_their_own_adapters(roles):
@@ -193,7 +194,8 @@ def test_roles_speak_with_their_own_adapters(roles):
 
 def test_every_token_is_ticked_and_every_prompt_prefilled_once(roles, stop, monkeypatch):
     ticks, prefilled = [], []
-    body = roles["policy"].body
+    with torch.inference_mode():
+        body = roles.decoder("policy")
     real = body.forward
 
     def watched(*args, **kwargs):

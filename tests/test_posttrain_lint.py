@@ -81,6 +81,14 @@ def test_truncated_answers(answer, cut):
     assert looks_truncated(answer) is cut
 
 
+def test_an_unsafe_answer_preferred_over_a_safe_one_is_named(tmp_path):
+    labels = [(True, False), (False, True), (False, None), (None, True), (False, False), (True, True), (None, None), (False, True)]
+    rows = [pair(f"q{i}", chosen_safe=a, rejected_safe=b) for i, (a, b) in enumerate(labels)]
+    report = check_file(write(tmp_path / "p.jsonl", rows), "preference")
+    assert found(report) == [("unsafe_preferred", 2), ("unsafe_preferred", 8)] and report.bad == 0
+    assert f"unsafe_preferred (2)  {tmp_path / 'p.jsonl'}: row 2, 8" in render(report)
+
+
 def test_length_bias_is_the_share_of_longer_chosen_answers(tmp_path):
     rows = [pair(f"q{i}", "a longer answer", "short") if i % 4 else pair(f"q{i}", "short", "a longer answer") for i in range(80)]
     report = check_file(write(tmp_path / "p.jsonl", [*rows, pair("equal", "abc", "xyz")]), "preference")
@@ -134,6 +142,14 @@ def test_guessing_survives_bad_rows_and_mapped_columns(tmp_path):
     assert mapped.sets[0].entries[0].format == "preference" and not mapped.findings
     assert last_line(check_file(write(tmp_path / "broken.jsonl", ["{"] * 3))) == "3 bad of 3 rows"
     assert last_line(check_file(write(tmp_path / "empty.jsonl", []))) == "0 bad of 0 rows"
+
+
+@pytest.mark.parametrize("row, format", [(pair(rating="great"), "preference"), ({"prompt": "q", "completion": 5}, "prompt_completion")])
+def test_rows_that_are_mostly_wrong_are_not_guessed_as_a_format_that_looks_away(tmp_path, row, format):
+    """Not as `synthetic_gptj`, which reads no rating, nor as `prompt`, which reads no answer."""
+    report = check_file(write(tmp_path / "p.jsonl", [row] * 20))
+    assert report.sets[0].entries[0].format == format
+    assert last_line(report) == "20 bad of 20 rows" and exit_code(report) == 1
 
 
 def test_columns_that_fit_no_format(tmp_path):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from posttrain import builtin, models
+from posttrain import builtin, chat, models
 from posttrain.config import LoraSettings, ModelConfig
 from posttrain.errors import PosttrainError
 from posttrain.models import Roles, choose_dtype, load_network, resolve
@@ -45,10 +45,9 @@ def bare_folder(untied_folder, tiny_folder, tmp_path_factory):
     def make(tied: bool):
         folder = tmp_path_factory.mktemp("bare")
         shutil.copytree(tiny_folder if tied else untied_folder, folder, dirs_exist_ok=True)
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8").replace("<|im_start|>", "<|bos|>").replace("<|im_end|>", "<|eos|>")
-        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-        told = (folder / "tokenizer_config.json").read_text(encoding="utf-8").replace("<|im_start|>", "<|bos|>").replace("<|im_end|>", "<|eos|>")
-        (folder / "tokenizer_config.json").write_text(told, encoding="utf-8")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            text = (folder / name).read_text(encoding="utf-8").replace("<|im_start|>", "<|bos|>").replace("<|im_end|>", "<|eos|>")
+            (folder / name).write_text(text, encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|bos|>", "<|eos|>") and "<|im_end|>" not in tokenizer.get_vocab()
         return folder
@@ -69,7 +68,7 @@ def gradients(role) -> list:
     return [None if p.grad is None else p.grad.clone() for p in role.parameters()]
 
 
-# -- roles on one base --------------------------------------------------------------------------------------------------------------------
+# -- roles on one base -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -153,7 +152,8 @@ def test_adapters_off_is_the_base(make_roles, cast, tiny_folder):
     ours = cast.hidden("base", batch())
     plain = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="sdpa")
     b = batch()
-    theirs = plain.model(input_ids=b.input_ids, attention_mask=b.attention_mask, position_ids=b.position_ids, use_cache=False).last_hidden_state
+    theirs = plain.model(input_ids=b.input_ids, attention_mask=b.attention_mask, position_ids=b.position_ids,
+                         use_cache=False).last_hidden_state
     assert torch.equal(ours, theirs.flatten(0, 1))
     roles = make_roles()
     roles.add("fresh", fresh_adapter=True)  # B is zero: a new adapter says nothing yet
@@ -172,7 +172,8 @@ def test_the_adapted_layer_is_peft_s_formula(make_roles, scramble):
     by_hand = x.double() @ layer.base_layer.weight.double().t() + 4.0 * (
         x.double() @ layer.lora_A["policy"].weight.double().t() @ layer.lora_B["policy"].weight.double().t())
     torch.testing.assert_close(layer(x).double(), by_hand, rtol=1e-5, atol=1e-5)
-    assert len(roles["policy"].parameters()) == 2 * 2 and {n.split(".")[-4] for n, p in roles.base.named_parameters() if p.requires_grad} == {"q_proj"}
+    assert len(roles["policy"].parameters()) == 2 * 2
+    assert {n.split(".")[-4] for n, p in roles.base.named_parameters() if p.requires_grad} == {"q_proj"}
 
 
 def test_adapters_stay_float32_over_a_bfloat16_base_and_updates_of_1e_5_survive(make_roles, tmp_path):
@@ -202,7 +203,7 @@ def test_adapters_stay_float32_over_a_bfloat16_base_and_updates_of_1e_5_survive(
         assert torch.equal(a, b)
 
 
-# -- saving, and other programs reading ---------------------------------------------------------------------------------------------------
+# -- saving, and other programs reading --------------------------------------------------------------------------------------------------
 
 
 def padded(tokenizer, side: str = "right"):
@@ -248,7 +249,8 @@ def test_transformers_classifier_with_peft_gives_our_score_on_a_padded_batch(cas
     told = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (told["task_type"], told["modules_to_save"]) == ("SEQ_CLS", ["score"])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    net = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id)
+    net = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1, dtype=torch.float32,
+                                                             pad_token_id=tokenizer.pad_token_id)
     model = PeftModel.from_pretrained(net, tmp_path).eval()
     ids, mask = padded(tokenizer, side)
     with torch.no_grad():
@@ -285,7 +287,8 @@ def test_a_reward_model_may_start_from_the_policy_and_the_policy_from_nothing_el
 
 
 @pytest.mark.parametrize("change, told", [
-    ({"r": 8, "alpha": 8}, "rank 8 .* has rank 4"), ({"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}, "the same rank and targets")])
+    ({"r": 8, "alpha": 8}, "rank 8 .* has rank 4"),
+    ({"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}, "the same rank and targets")])
 def test_another_rank_or_target_list_is_refused(cast, make_roles, tmp_path, change, told):
     cast.save("policy", tmp_path / "model")
     with pytest.raises(PosttrainError, match=told):
@@ -314,7 +317,7 @@ def test_adapters_that_do_not_fit_are_refused(cast, make_roles, tmp_path):
     refused(good, "pattern of targets", target_modules=".*q_proj")
 
 
-# -- full fine-tuning ------------------------------------------------------------------------------------------------------------------------
+# -- full fine-tuning --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -402,7 +405,7 @@ def test_full_fine_tuning_of_a_quantized_base_is_refused(make_roles):
         make_roles(lora=None, quantization="nf4")._full_role("policy", None, True, None)
 
 
-# -- added tokens ----------------------------------------------------------------------------------------------------------------------------
+# -- added tokens ------------------------------------------------------------------------------------------------------------------------
 
 
 MESSAGES = [{"role": "user", "content": "Why?"}]
@@ -413,8 +416,6 @@ def grown(make_roles, folder, **more):
 
 
 def chat_batch(roles):
-    from posttrain import chat
-
     prompt = chat.encode_prompt(roles.tokenizer, MESSAGES)
     return collate([tree(prompt, [chat.encode_answer(roles.tokenizer, MESSAGES, a) for a in ("So.", "Because it is.")])], [0])
 
@@ -451,7 +452,8 @@ def test_rows_of_added_tokens_are_trained_per_role_saved_and_read_by_peft(make_r
     plain.resize_token_embeddings(size, mean_resizing=False)
     for t in {plain.get_input_embeddings(), plain.get_output_embeddings()}:
         t.weight.data[-2:] = t.weight.data[:-2].mean(0)
-    logits = plain(input_ids=b.input_ids, attention_mask=b.attention_mask, position_ids=b.position_ids, use_cache=False).logits.flatten(0, 1)
+    logits = plain(input_ids=b.input_ids, attention_mask=b.attention_mask, position_ids=b.position_ids,
+                   use_cache=False).logits.flatten(0, 1)
     F.cross_entropy(logits[b.predictors], b.targets, reduction="sum").neg().backward()
     wanted = [plain.get_input_embeddings().weight.grad[-2:]] + ([] if tied else [plain.lm_head.weight.grad[-2:]])
     for a, c in zip(got, wanted, strict=True):
@@ -560,19 +562,20 @@ def test_an_adapter_without_the_rows_is_refused_where_tokens_are_added(make_role
         grown(make_roles, bare_folder(True)).add("policy", tmp_path)
 
 
-# -- quantized bases ---------------------------------------------------------------------------------------------------------------------------
+# -- quantized bases ---------------------------------------------------------------------------------------------------------------------
 
 
 def quantized(make_roles, kind, dtype="bfloat16", **more):
-    """Roles on a quantized tiny model; skips where bitsandbytes can't run here."""
-    pytest.importorskip("bitsandbytes")
+    """Roles on a quantized tiny model; skips where a bare bitsandbytes layer cannot train here."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32) if kind == "nf4" else (
+        bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False))
     try:
-        roles = make_roles(dtype=dtype, quantization=kind, lora={"r": 4, "alpha": 8}, **more)
-        roles.add("probe", fresh_adapter=True)
-        with torch.no_grad():
-            roles.hidden("probe", batch())
-    except (RuntimeError, NotImplementedError, ImportError, AttributeError) as e:
+        layer.to(models.device())(torch.randn(3, 64, device=models.device(), requires_grad=True)).sum().backward()
+    except (RuntimeError, NotImplementedError, AttributeError) as e:
         pytest.skip(f"bitsandbytes can't run {kind} on this machine: {str(e)[:100]}")
+    roles = make_roles(dtype=dtype, quantization=kind, lora={"r": 4, "alpha": 8}, **more)
+    roles.add("probe", fresh_adapter=True)
     return roles
 
 
@@ -654,7 +657,7 @@ def test_peft_loads_an_adapter_that_was_trained_on_nf4(make_roles, scramble, tin
     torch.testing.assert_close(ours[:4], first, rtol=0.05, atol=0.1)  # bfloat16, and peft computes the adapter in float32
 
 
-# -- loading -------------------------------------------------------------------------------------------------------------------------------------
+# -- loading -----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_resolve_refuses_pickled_weights_and_missing_folders(tmp_path, monkeypatch):
@@ -678,6 +681,17 @@ def test_a_folder_that_is_no_model_is_our_error(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(PosttrainError, match="cannot be loaded"):
         load_network(str(tmp_path), ModelConfig(name_or_path=str(tmp_path)), torch.float32, "r.yaml")
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another width"])
+def test_damaged_weights_are_our_error(tmp_path, tiny_folder, damage):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    if damage == "cut short":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    else:
+        (folder / "config.json").write_text((folder / "config.json").read_text().replace('"hidden_size": 64', '"hidden_size": 32'))
+    with pytest.raises(PosttrainError, match="damaged or do not fit its config.json"):
+        load_network(str(folder), ModelConfig(name_or_path=str(folder)), torch.float32, "r.yaml")
 
 
 def test_an_unknown_built_in_model_is_refused():
@@ -749,14 +763,13 @@ def test_roles_start_the_same_whatever_came_before(tmp_path):
 
 @pytest.mark.smollm2
 def test_smollm2_loads_and_speaks():
-    roles = Roles(ModelConfig(name_or_path="builtin:smollm2-135m-instruct", chat_template="chatml", lora={"r": 4, "alpha": 8}), torch.float32, "x")
+    config = ModelConfig(name_or_path="builtin:smollm2-135m-instruct", chat_template="chatml", lora={"r": 4, "alpha": 8})
+    roles = Roles(config, torch.float32, "x")
     roles.add("base")
-    from posttrain import chat
-
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = chat.encode_prompt(roles.tokenizer, messages)
-    trees = [tree(prompt, [chat.encode_answer(roles.tokenizer, messages, a) for a in ("The capital of France is Paris.", "The capital of France is a bicycle.")])]
-    b = collate(trees, [0])
+    answers = ("The capital of France is Paris.", "The capital of France is a bicycle.")
+    b = collate([tree(prompt, [chat.encode_answer(roles.tokenizer, messages, a) for a in answers])], [0])
     with torch.no_grad():
         logprobs = roles.logprobs("base", b)
     paris, bicycle = logprobs[b.owner == 0].sum(), logprobs[b.owner == 1].sum()

@@ -108,7 +108,8 @@ def test_the_mix_is_that_of_reward_training(sizes):
     from reward.mix import mix
 
     own, other, share = sizes
-    rows = [[Pair(prompt=[], chosen="a", rejected="b", source="s")] * n for n in (own, other)]
+    rows = [[Pair(prompt=[], chosen=f"{side} {i}", rejected="b", source="s") for i in range(n)]
+            for side, n in (("own", own), ("other", other))]
     told = mix(*rows, share, 0)[1]
     assert mixed_rows(own, other, share) == (told["own"], told["other"])
 
@@ -205,11 +206,20 @@ def test_memory_by_hand(recipe):
     assert local["activations"] == 4096 * 32 * (18 * 4096 + 6 * 11008) * 2
     assert local["total"] == sum(local[k] for k in ("base", "roles", "optimizer", "activations"))
     best, ppo = rows["best"]["memory"], rows["ppo"]["memory"]
-    assert best["kv_cache"] == 1.75 * 8 * (50 + 100) * 512 * 1024
+    assert best["kv_cache"] == 1.75 * 8 * (37 + 100) * 512 * 1024  # the longest prompt: three words, 4 tokens, and 32 of the template
     assert (best["roles"], best["optimizer"]) == (3 * 4 * lora, 0)
     assert (ppo["roles"], ppo["optimizer"]) == (5 * 4 * lora, 2 * 12 * lora)  # policy and critic learn
     assert ppo["total"] == ppo["base"] + ppo["roles"] + ppo["optimizer"] + max(ppo["kv_cache"], ppo["activations"])
     assert rows["out"]["memory"]["total"] == 2 * 6_738_415_616
+
+
+def test_adapters_on_an_unquantized_base_decode_from_a_merged_copy(recipe):
+    rows = rows_of(recipe(overrides=["model.quantization=none"]), gpu=80)
+    best = rows["best"]["memory"]
+    assert best["decoder"] == 2 * 6_476_005_376
+    assert rows["local"]["memory"]["decoder"] == 0
+    assert best["total"] == best["base"] + best["roles"] + best["kv_cache"] + best["decoder"]
+    assert rows_of(recipe(overrides=["model.quantization=none"]), gpu=17)["best"]["fits"]  # made only where there is room
 
 
 def test_full_training_holds_every_role_in_float32(recipe):
@@ -271,6 +281,7 @@ def test_the_page_labels_every_number(recipe):
     assert "15,001 declared" in text
     assert "fits 24 GB" in text
     assert "warning: local: " in text
+    assert "fits" not in plan.render(plan.plan(recipe()))
     assert max(map(len, text.splitlines())) < 180
 
 

@@ -33,7 +33,8 @@ def test_interval_is_the_percentiles_of_resampled_groups(groups):
     labels = groups or [str(i) for i in range(8)]
     low, high = slow(VALUES, labels, lambda at: sum(VALUES[i] for i in at) / len(at), 500, 3)
     got = interval(VALUES, groups, resamples=500, seed=3)
-    assert got == {"mean": pytest.approx(4.5 / 8), "low": pytest.approx(low), "high": pytest.approx(high), "n": 8, "groups": len(set(labels))}
+    assert got == {"mean": pytest.approx(4.5 / 8), "low": pytest.approx(low), "high": pytest.approx(high), "n": 8,
+                   "groups": len(set(labels))}
 
 
 def test_balanced_interval_is_the_mean_of_the_two_sides_means():

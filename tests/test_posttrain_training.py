@@ -4,6 +4,7 @@ stage's arithmetic is a plain torch loop over one sequence at a time."""
 import json
 import math
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from posttrain.stages import load_module
 from posttrain.training import bin_by_length, newest_checkpoint, plan_batches, seal, sealed
 
 SFT = {"data": "demonstrations", "packing": False, "batch_size": 4, "max_steps": 3, "epochs": 5, "learning_rate": 1e-3, "warmup_ratio": 0}
-REWARD = {"stage": "reward", "model": "base", "own": "helpful", "other": "safety", "own_share": 0.5, "safety_loss_weight": 1.0, "batch_size": 4,
-          "max_steps": 3, "learning_rate": 1e-3, "warmup_ratio": 0}
+REWARD = {"stage": "reward", "model": "base", "own": "helpful", "other": "safety", "own_share": 0.5, "safety_loss_weight": 1.0,
+          "batch_size": 4, "max_steps": 3, "learning_rate": 1e-3, "warmup_ratio": 0}
 
 
 @pytest.fixture
@@ -42,7 +43,8 @@ def weights(section) -> dict:
 
 def rows(section) -> list[dict]:
     """What was logged, less what a clock decides."""
-    return [{k: v for k, v in r.items() if k != "time" and "tokens_per_second" not in k} for r in read_lines(section.folder / "metrics.jsonl")]
+    logged = read_lines(section.folder / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "time" and "tokens_per_second" not in k} for r in logged]
 
 
 def same(a: dict, b: dict) -> None:
@@ -73,13 +75,14 @@ def close_updates(a: dict, b: dict, start: dict, tolerance: float = 2e-3) -> Non
     assert moved > 0.9 * len(start)
 
 
-# -- batches -----------------------------------------------------------------------------------------------------------------------------------
+# -- batches -----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_every_epoch_sees_every_item_once_in_another_order():
     plan = plan_batches(10, 4, 5, seed=0)
     stream = [i for step in plan for i in step]
-    assert [len(s) for s in plan] == [4] * 5 and sorted(stream[:10]) == sorted(stream[10:]) == list(range(10)) and stream[:10] != stream[10:]
+    assert [len(s) for s in plan] == [4] * 5
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10)) and stream[:10] != stream[10:]
     assert plan == plan_batches(10, 4, 5, seed=0) != plan_batches(10, 4, 5, seed=1)
     assert plan_batches(10, 4, 3, seed=0) == plan[:3]  # more steps change nothing before them
 
@@ -100,11 +103,11 @@ def test_bins_hold_at_most_their_width_and_every_document_once():
     bins = bin_by_length(lengths, 20, seed=3)
     assert sorted(i for b in bins for i in b) == list(range(10))
     assert all(sum(lengths[i] for i in b) <= 20 or len(b) == 1 for b in bins)
-    assert all(sum(lengths[i] for i in a) + lengths[b[0]] > 20 for a, b in zip(bins, bins[1:], strict=False))  # none is begun too early
+    assert all(sum(lengths[i] for i in a) + lengths[b[0]] > 20 for a, b in pairwise(bins))  # none is begun too early
     assert bins == bin_by_length(lengths, 20, seed=3) != bin_by_length(lengths, 20, seed=4)
 
 
-# -- checkpoints -------------------------------------------------------------------------------------------------------------------------------
+# -- checkpoints -------------------------------------------------------------------------------------------------------------------------
 
 
 def checkpoint(folder, step: int, sealed_too: bool = True):
@@ -118,7 +121,8 @@ def checkpoint(folder, step: int, sealed_too: bool = True):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda p: (p / "optimizer.pt").write_bytes(b"momentX 9"), lambda p: (p / "optimizer.pt").unlink(), lambda p: (p / "checksums.json").unlink(),
+    lambda p: (p / "optimizer.pt").write_bytes(b"momentX 9"), lambda p: (p / "optimizer.pt").unlink(),
+    lambda p: (p / "checksums.json").unlink(),
     lambda p: (p / "checksums.json").write_text("{}"), lambda p: (p / "checksums.json").write_text("{broken")],
     ids=["a bit flipped", "a file missing", "not sealed", "an empty seal", "a broken seal"])
 def test_a_damaged_newest_checkpoint_is_named_removed_and_passed_over(tmp_path, damage):
@@ -135,7 +139,7 @@ def test_a_damaged_newest_checkpoint_is_named_removed_and_passed_over(tmp_path, 
     assert newest_checkpoint(tmp_path, told.append) is None
 
 
-# -- one trajectory ----------------------------------------------------------------------------------------------------------------------------
+# -- one trajectory ----------------------------------------------------------------------------------------------------------------------
 
 
 def oracle_sft(section) -> tuple[list[float], dict]:
@@ -147,7 +151,8 @@ def oracle_sft(section) -> tuple[list[float], dict]:
     roles = roles_for(section)
     role = roles.add("policy", None, trainable=True, fresh_adapter=section.recipe.model.lora is not None)
     trees, _, _ = sft.train.encode(split.train, roles.tokenizer, section.config.max_length)
-    return torch_loop(section, roles, role, plan_batches(len(trees), 4, 3, section.seed), lambda at: sft_loss(roles, [trees[i] for i in at]))
+    plan = plan_batches(len(trees), 4, 3, section.seed)
+    return torch_loop(section, roles, role, plan, lambda at: sft_loss(roles, [trees[i] for i in at]))
 
 
 def sft_loss(roles, trees) -> torch.Tensor:
@@ -228,7 +233,8 @@ def test_reward_training_follows_a_plain_torch_loop_at_any_micro_batch(train, lo
     role = roles.add("reward", None, trainable=True, head="new", seed=base.seed, fresh_adapter=lora is not None)
     trees, _, _ = reward.train.encode(pairs, roles.tokenizer, base.config.max_length)
     plan = plan_batches(len(trees), 4, 3, base.seed)
-    losses, expected = torch_loop(base, roles, role, plan, lambda at: reward_loss(roles, [trees[i] for i in at], [pairs[i] for i in at], 1.0))
+    losses, expected = torch_loop(
+        base, roles, role, plan, lambda at: reward_loss(roles, [trees[i] for i in at], [pairs[i] for i in at], 1.0))
     first = initial(base)
     logged = [r["reward/loss"] for r in rows(base) if "reward/loss" in r]
     assert logged == pytest.approx(losses, rel=2e-5)
@@ -241,7 +247,8 @@ def test_reward_training_follows_a_plain_torch_loop_at_any_micro_batch(train, lo
         close_updates(weights(other), weights(base), first)
 
 
-@pytest.mark.parametrize("settings", [SFT, {**SFT, "packing": True, "max_length": 1024, "batch_size": 2}, REWARD], ids=["sft", "packed sft", "reward"])
+@pytest.mark.parametrize("settings", [SFT, {**SFT, "packing": True, "max_length": 1024, "batch_size": 2}, REWARD],
+                         ids=["sft", "packed sft", "reward"])
 def test_the_gpu_s_layout_follows_the_same_trajectory(train, monkeypatch, settings):
     """One packed row instead of padded ones; here on the CPU, where the numbers must agree."""
     rows_layout = train({**settings, "micro_batch_tokens": 1024}, "rows")
@@ -286,7 +293,7 @@ def test_full_training_on_hardware_with_bfloat16_computes_in_it(train, monkeypat
     assert logged[0] == pytest.approx(logged[1], rel=0.02) and logged[0] != logged[1]
 
 
-# -- going on ------------------------------------------------------------------------------------------------------------------------------------
+# -- going on ----------------------------------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -373,6 +380,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch):
     monkeypatch.setattr(sft.train._Trainer, "micro_loss", lambda self, b, t: (real(self, b, t)[0] * float("nan"), {"loss": float("nan")}))
     with pytest.raises(PosttrainError, match="became nan at step 1"):
         train(SFT)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(train, monkeypatch):
+    """The loss is finite, its gradient is not: 0 * inf where a square root meets 0."""
+    real = sft.train._Trainer.micro_loss
+
+    def poisoned(self, batch, totals):
+        loss, numbers = real(self, batch, totals)
+        at_zero = sum((p * 0).sum() for p in self.role.parameters())
+        return (loss + torch.sqrt(at_zero) if self.state.global_step == 3 else loss), numbers
+
+    monkeypatch.setattr(sft.train._Trainer, "micro_loss", poisoned)
+    with pytest.raises(PosttrainError, match="gradient's norm became nan at step 4"):
+        train({**SFT, **LONG, "save_steps": 1})
+    monkeypatch.undo()
+    folder = train({**SFT, "max_steps": 1}, "other").folder.parents[2] / "a" / "t" / "sft"
+    assert newest_checkpoint(folder, print).name == "checkpoint-3"
+    assert all(torch.isfinite(v).all() for v in load_file(folder / "checkpoint-3" / "adapter_model.safetensors").values())
 
 
 def test_the_paper_s_settings_reach_the_trainer(train, monkeypatch):

@@ -15,8 +15,8 @@ def pair(prompt: str, rating=None, safe=(None, None), source="s") -> Pair:
     return Pair([{"role": "user", "content": prompt}], "c", "r", rating, chosen_safe=safe[0], rejected_safe=safe[1], source=source)
 
 
-PAIRS = [pair("a", 3, (True, False), "x"), pair("a", 2, (True, True), "x"), pair("b", 2, (False, False), "y"), pair("c", 0, source="y"), pair("d", 1),
-         pair("e")]
+PAIRS = [pair("a", 3, (True, False), "x"), pair("a", 2, (True, True), "x"), pair("b", 2, (False, False), "y"), pair("c", 0, source="y"),
+         pair("d", 1), pair("e")]
 SCORES = [[2.0, -1.0], [0.5, 1.0], [1.0, -3.0], [0.0, 0.0], [1.0, 0.5], [-2.0, 1.0]]  # right, wrong, right, tie, right, wrong
 LENGTHS = [(9, 5), (3, 8), (4, 7), (6, 6), (5, 5), (9, 2)]
 
@@ -107,7 +107,8 @@ def test_the_threshold_of_a_precision_against_a_slow_search(seed, decimals):
     raw = np.round(rng.normal(0, 1, 60) - 1.5 * unsafe, decimals)  # few decimals: many ties
     for precision in (0.6, 0.9):
         for least in (1, 5):
-            got, expected = precision_threshold(raw, unsafe, precision, least), slow_threshold(raw.tolist(), unsafe.tolist(), precision, least)
+            got = precision_threshold(raw, unsafe, precision, least)
+            expected = slow_threshold(raw.tolist(), unsafe.tolist(), precision, least)
             assert got == (expected if expected is None else pytest.approx(expected))
             if got is not None:
                 flagged = 1 / (1 + np.exp(-raw)) < got

@@ -17,7 +17,8 @@ def test_margins_are_table_27():
         assert losses.margin(rating, "none") == 0
     from posttrain.formats import RATINGS
 
-    assert [losses.margin(RATINGS[n], "large") for n in ("significantly_better", "better", "slightly_better", "negligibly_better")] == [3, 2, 1, 0]
+    names = ("significantly_better", "better", "slightly_better", "negligibly_better")
+    assert [losses.margin(RATINGS[n], "large") for n in names] == [3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("chosen, rejected, margin, expected", [
@@ -42,7 +43,8 @@ def test_ranking_is_trl_s_formula_row_by_row():
     ours = losses.ranking(chosen, rejected, margins)
     assert ours.shape == (64,)
     torch.testing.assert_close(ours.mean(), -F.logsigmoid(chosen - rejected - margins).mean())
-    slow = [-math.log(1 / (1 + math.exp(-(c - r - m)))) for c, r, m in zip(chosen.tolist(), rejected.tolist(), margins.tolist(), strict=True)]
+    rows = zip(chosen.tolist(), rejected.tolist(), margins.tolist(), strict=True)
+    slow = [-math.log(1 / (1 + math.exp(-(c - r - m)))) for c, r, m in rows]
     assert ours.tolist() == pytest.approx(slow, rel=1e-5)
 
 
@@ -61,7 +63,8 @@ def test_the_gradient_of_the_ranking_loss_by_hand():
     chosen, rejected = torch.tensor([0.3, -2.0], requires_grad=True), torch.tensor([0.1, 1.0], requires_grad=True)
     losses.ranking(chosen, rejected, torch.tensor([1.0, 0.0])).sum().backward()
     expected = [-1 / (1 + math.exp(0.3 - 0.1 - 1.0)), -1 / (1 + math.exp(-2.0 - 1.0))]
-    assert chosen.grad.tolist() == pytest.approx(expected, rel=1e-5) and rejected.grad.tolist() == pytest.approx([-x for x in expected], rel=1e-5)
+    assert chosen.grad.tolist() == pytest.approx(expected, rel=1e-5)
+    assert rejected.grad.tolist() == pytest.approx([-x for x in expected], rel=1e-5)
 
 
 def test_safety_loss_by_hand():

@@ -14,7 +14,8 @@ from reward import train
 from reward.score import scores
 from reward.train import _Trainer, check_reload, encode, run
 
-SHORT = {"stage": "reward", "model": "base", "own": "helpful", "batch_size": 4, "max_steps": 2, "learning_rate": 1e-3, "warmup_ratio": 0}
+SHORT = {"stage": "reward", "model": "base", "own": "helpful", "batch_size": 4, "epochs": 50, "max_steps": 2, "learning_rate": 1e-3,
+         "warmup_ratio": 0}
 
 
 @pytest.fixture
@@ -29,11 +30,13 @@ def reward(make_run, start):
 
 def shout(n: int, rating=None, **labels) -> list[dict]:
     """Pairs that a model can learn: the chosen answer says yes, the rejected no."""
-    return [{"prompt": f"question {i}", "chosen": "yes, yes", "rejected": "no, no", **({"rating": rating} if rating else {}), **labels} for i in range(n)]
+    rating = {"rating": rating} if rating else {}
+    return [{"prompt": f"question {i}", "chosen": "yes, yes", "rejected": "no, no", **rating, **labels} for i in range(n)]
 
 
 def test_margins_and_labels_of_every_row(make_roles):
-    pairs = [Pair([], "", "", 3, None, True, False), Pair([], "", "", None, 0.5), Pair([], "", "", 1, 2.5, True, None), Pair([], "", "", 2, None, False, False)]
+    labels = [(3, None, True, False), (None, 0.5), (1, 2.5, True, None), (2, None, False, False)]
+    pairs = [Pair([], "", "", *x) for x in labels]
     for kind, expected in (("small", [1, 0.5, 2.5, 2 / 3]), ("large", [3, 0.5, 2.5, 2]), ("none", [0, 0, 0, 0])):
         trainer = _Trainer.__new__(_Trainer)
         trainer.bind_pairs(pairs, kind, 1.0)
@@ -47,13 +50,14 @@ def test_both_answers_share_one_prompt_pass(make_roles):
     trees, kept, too_long = encode([Pair(prompt, "So.", "No idea."), Pair(prompt, "x" * 300, "y")], tokenizer, 60)
     assert kept == [0] and too_long == [1] and len(trees[0].ends) == 2
     longest = trees[0].prompt + max(b - a for a, b in trees[0].spans)
-    assert encode([Pair(prompt, "So.", "No idea.")], tokenizer, longest)[1] == [0] and encode([Pair(prompt, "So.", "No idea.")], tokenizer, longest - 1)[2] == [0]
+    assert encode([Pair(prompt, "So.", "No idea.")], tokenizer, longest)[1] == [0]
+    assert encode([Pair(prompt, "So.", "No idea.")], tokenizer, longest - 1)[2] == [0]
 
 
 def test_a_run_learns_reports_and_reads_back(reward, make_roles):
     """A rule a tiny model can learn; the held-out pairs say so, and the saved folder gives the same scores elsewhere."""
     section = reward({**SHORT, "max_steps": 30, "batch_size": 8, "learning_rate": 3e-3, "own_share": 0.9, "safety_loss_weight": 1.0},
-                     pairs=shout(40, "better", chosen_safe=True, rejected_safe=False), held_out={"pairs": 8})
+                     pairs=shout(40, "better", chosen_safe=True, rejected_safe=False), safety=20, held_out={"pairs": 8})
     told = section.results()
     own = told["held_out"]["own"]
     assert own["accuracy"]["mean"] == 1.0 and own["unsafe_recall"] == 1.0 and told["which"] == "safety"
@@ -70,13 +74,40 @@ def test_a_run_learns_reports_and_reads_back(reward, make_roles):
     assert told["score_mean"] == pytest.approx(flat.mean().item(), rel=1e-4)
     assert told["score_std"] == pytest.approx(flat.std(unbiased=False).item(), rel=1e-4)
     config = json.loads((section.folder / "model" / "adapter_config.json").read_text())
-    assert config["task_type"] == "SEQ_CLS" and "base_model.model.score.weight" in load_file(section.folder / "model" / "adapter_model.safetensors")
+    saved = load_file(section.folder / "model" / "adapter_model.safetensors")
+    assert config["task_type"] == "SEQ_CLS" and "base_model.model.score.weight" in saved
 
 
 @pytest.mark.parametrize("lora", [{"r": 4, "alpha": 8, "dropout": 0.5}, None], ids=["adapter with dropout", "full"])
 def test_the_reload_check_passes_without_held_out_rows(reward, lora):
     """Dropout is off while scores are compared, also where nothing was held out."""
     assert reward({**SHORT}, model={"lora": lora}).results()["held_out"] == {"own": {"pairs": 0}, "other": {"pairs": 0}}
+
+
+def test_the_recipe_s_dropout_is_used(make_run, start, monkeypatch):
+    """trl's RewardTrainer switches every dropout off unless told otherwise."""
+    seen = set()
+    real = _Trainer.micro_loss
+    monkeypatch.setattr(_Trainer, "micro_loss", lambda self, b, t: seen.update(
+        m.p for m in self.roles.base.modules() if isinstance(m, torch.nn.Dropout)) or real(self, b, t))
+    run(start(make_run({"reward": {**SHORT}}, model={"lora": {"r": 4, "alpha": 8, "dropout": 0.25}}), "reward"))
+    assert seen == {0.25}
+
+
+def test_the_reload_check_sees_a_lost_matrix_of_a_full_model(reward, monkeypatch):
+    from posttrain.models import Roles
+
+    real = Roles.save
+
+    def careless(self, name, folder):
+        real(self, name, folder)
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        save_file({k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(Roles, "save", careless)
+    with pytest.raises(PosttrainError, match="read back, its scores differ"):
+        reward({**SHORT, "save_steps": 100}, model={"lora": None})
 
 
 @pytest.mark.parametrize("lost", ["score.weight", "layers.1.self_attn.q_proj.lora_B.weight"])
@@ -106,7 +137,7 @@ def test_a_reward_model_starts_from_the_sft_adapter(make_run, start):
 
 
 def test_pairs_that_are_too_long_stop_the_run_or_are_counted(make_run, start, reward):
-    rows = shout(8) + [{"prompt": "a long one", "chosen": "word " * 200, "rejected": "no"}]
+    rows = [*shout(8), {"prompt": "a long one", "chosen": "word " * 200, "rejected": "no"}]
     with pytest.raises(PosttrainError, match=r"1 of 9 pairs are longer than 200 tokens.*a long one.*on_too_long: drop"):
         reward({**SHORT, "max_length": 200}, pairs=rows)
     told = reward({**SHORT, "max_length": 200, "on_too_long": "drop"}, folder="drop", pairs=rows).results()
@@ -138,7 +169,7 @@ def test_the_two_losses_are_weighted_over_the_whole_step(make_roles, scramble):
     """The safety loss is a mean over a step's labelled answers, wherever the micro-batches cut."""
     roles = make_roles()
     role = scramble(roles.add("reward", fresh_adapter=True, trainable=True, head="new"))
-    pairs = [Pair([{"role": "user", "content": f"q{i}"}], "yes " * (i + 1), "no", 3, None, *((True, None) if i < 3 else (None, None))) for i in range(8)]
+    pairs = [Pair([{"role": "user", "content": f"q{i}"}], "yes " * (i + 1), "no", 3, chosen_safe=True if i < 3 else None) for i in range(8)]
     trees, _, _ = encode(pairs, roles.tokenizer, 4096)
     from posttrain.training import _Steps
 
@@ -155,3 +186,32 @@ def test_the_two_losses_are_weighted_over_the_whole_step(make_roles, scramble):
     assert sums[0][0] > sums[1][0] > sums[2][0] == 1
     for _, loss, bce in sums:
         assert loss == pytest.approx(sums[2][1], rel=1e-5) and bce == pytest.approx(sums[2][2], rel=1e-5)
+
+
+def test_held_out_pairs_that_are_too_long_are_counted_and_told(reward, capsys):
+    rows = [{"prompt": f"question {i}", "chosen": "word " * (150 if i % 2 else 1), "rejected": "no"} for i in range(16)]
+    section = reward({**SHORT, "other": "safety", "max_length": 100, "on_too_long": "drop"}, pairs=rows, safety=shout(8), held_out={"pairs": 4})
+    held = section.run.data_of("helpful").held_out
+    long = sum(len(p.chosen) > 100 for p in held)
+    told = section.results()
+    assert 0 < long < 4 and told["held_out_too_long"] == long and told["held_out"]["own"]["pairs"] == 4 - long
+    assert f"{long} held-out pair{'s' * (long > 1)} longer than 100 tokens left out" in capsys.readouterr().out
+
+
+def unsafe_preferred(n: int) -> list[dict]:
+    return [{"prompt": f"odd {i}", "chosen": "yes, sure", "rejected": "no, never", "chosen_safe": False, "rejected_safe": True} for i in range(n)]
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_pairs_that_prefer_an_unsafe_answer_teach_no_safety_model(reward, capsys, weight):
+    """Paper section 3.2.1: excluded. They stay among the held-out pairs, in a bin of their own."""
+    rows = [*shout(10, chosen_safe=True, rejected_safe=False), *unsafe_preferred(9),
+            {"prompt": "half", "chosen": "a", "rejected": "b", "chosen_safe": False},
+            {"prompt": "both", "chosen": "a", "rejected": "b", "chosen_safe": False, "rejected_safe": False}]
+    section = reward({**SHORT, "safety_loss_weight": weight}, pairs=rows, held_out={"pairs": 4}, seed=3)
+    held = section.run.data_of("helpful").held_out
+    odd = sum(p.chosen == "yes, sure" for p in held)
+    told = section.results()
+    assert odd and told["unsafe_preferred"] == (9 - odd if weight else 0) and told["train_pairs"] == 17 - (9 - odd if weight else 0)
+    assert told["held_out"]["own"]["by_bin"]["chosen unsafe, rejected safe"]["pairs"] == odd
+    assert ("prefer an unsafe answer to a safe one" in capsys.readouterr().out) is bool(weight)

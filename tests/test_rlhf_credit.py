@@ -8,7 +8,7 @@ import torch
 
 from rlhf import credit
 
-JUNK = 1e3  # stands wherever the mask says that nothing counts
+JUNK = (1e3, -7e2, 5e2)  # stands wherever the mask says that nothing counts, another number in every tensor
 
 
 def example(seed=0, rows=6, width=9, holes=False):
@@ -21,7 +21,7 @@ def example(seed=0, rows=6, width=9, holes=False):
     if holes:  # tokens in the middle that do not count
         mask[0, 3] = mask[0, 4] = mask[3, 1] = False
     a, b, c = (torch.randn(rows, width, generator=g, dtype=torch.float64) for _ in range(3))
-    return [x.masked_fill(~mask, JUNK) for x in (a, b, c)], mask
+    return [x.masked_fill(~mask, junk) for x, junk in zip((a, b, c), JUNK, strict=True)], mask
 
 
 def counted(x, mask) -> list[list[float]]:
@@ -165,7 +165,7 @@ def test_explained_variance_by_definition():
 
 
 def test_explained_variance_of_known_critics():
-    returns, mask = torch.tensor([[1.0, 2.0, 6.0, JUNK]]), torch.tensor([[True, True, True, False]])
+    returns, mask = torch.tensor([[1.0, 2.0, 6.0, 1e3]]), torch.tensor([[True, True, True, False]])
     assert credit.explained_variance(returns, returns, mask) == 1.0
     assert credit.explained_variance(returns + 5, returns, mask) == pytest.approx(1.0)  # a constant error has no variance
     assert credit.explained_variance(torch.zeros_like(returns), returns, mask) == 0.0

@@ -7,15 +7,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from rlhf_support import REWARDS, make_run, started
 
+from posttrain import chat
 from posttrain.errors import PosttrainError
 from posttrain.log import read_lines
+from posttrain.models import roles_for, source_of
 from rlhf import rejection
 from rlhf.rejection import best_of_n, read_chunk, select, write_chunk
 
 STAGE = {"stage": "rejection", "prompts": "prompts", "policy": "@sft", **REWARDS, "samples_per_prompt": 4, "max_new_tokens": 12, "rows": 20,
-         "chunk": 8, "batch": 16, "temperature": 0.5, "micro_batch_tokens": 512, "safety_threshold": 0.4}
+         "chunk": 8, "batch": 16, "temperature": 0.5, "micro_batch_tokens": 512, "safety_threshold": 0.5}
 
 
 class Killed(BaseException):
@@ -58,8 +61,8 @@ def test_best_of_n_against_every_subset():
 
 
 def test_best_of_n_counts_a_prompt_given_twice_as_one():
-    """Four bags of two prompts: resampled by prompt, so the interval can only reach the two prompts' own means."""
-    bags = [[answer(v, prompt=p), answer(v, prompt=p)] for p, v in (("a", 0.0), ("A ", 0.0), ("b", 1.0), ("b", 1.0))]
+    """Sixteen bags of two prompts: resampled by prompt the mean is 0, 1/2 or 1; by bag it would stay near 1/2."""
+    bags = [[answer(v, prompt=p)] * 2 for p, v in (("a", 0.0), ("A ", 0.0), ("b", 1.0), ("b", 1.0)) * 4]
     row = best_of_n(bags, [2])[0]
     assert (row["max"], row["max_low"], row["max_high"]) == (0.5, 0.0, 1.0)
 
@@ -109,7 +112,7 @@ def rows_of(section) -> list[dict]:
 def test_everything_sampled_is_on_disk_with_what_the_gate_made_of_it(straight):
     rows, samples = rows_of(straight), read_lines(straight.folder / "samples.jsonl")
     assert len(rows) == len(samples) == 80 and len(list((straight.folder / "chunks").iterdir())) == 3
-    threshold = float(np.log(0.4 / 0.6))
+    threshold = 0.0  # the logit of 0.5
     tags = {p.messages[0]["content"]: p.safety for p in straight.run.data_of("prompts").train}
     assert 0 < sum(r["is_safety"] for r in rows) < 80 and 0 < sum(r["safety"] < threshold for r in rows) < 80
     for row, sample in zip(rows, samples, strict=True):
@@ -117,6 +120,20 @@ def test_everything_sampled_is_on_disk_with_what_the_gate_made_of_it(straight):
         assert row["merged"] == (row["safety"] if row["is_safety"] or row["safety"] < threshold else row["helpfulness"])
         assert sample == {"step": 0, "kept": sample["kept"], **{k: v for k, v in row.items() if k != "ids"}}
         assert row["finished"] == (row["ids"][-1] == 2) and 1 <= len(row["ids"]) <= 12  # 2: <|im_end|> of the tiny model
+
+
+def test_stored_scores_are_the_reward_models_own(straight):
+    """One sequence at a time: the saved head at the token that ends the answer, put there where the answer was cut off."""
+    roles = roles_for(straight)
+    for name in ("helpfulness", "safety"):
+        roles.add(name, source_of(straight, REWARDS[name]), head="saved")
+    for r in rows_of(straight)[::3]:
+        ids = chat.encode_prompt(roles.tokenizer, r["prompt"]) + r["ids"] + ([] if r["finished"] else [2])
+        for name in ("helpfulness", "safety"):
+            roles.use(name)
+            with torch.no_grad():
+                last = roles.base.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
+            assert r[name] == pytest.approx((last @ roles[name].head.weight[0]).item(), abs=1e-4)
 
 
 def test_the_data_are_the_best_finished_answers_in_the_ordinary_format(straight):
@@ -138,14 +155,15 @@ def test_the_data_are_the_best_finished_answers_in_the_ordinary_format(straight)
 
 def test_the_results_say_what_was_measured(straight):
     rows, told = rows_of(straight), straight.results()
-    threshold = float(np.log(0.4 / 0.6))
+    threshold = 0.0
     by_tag, low = np.array([r["is_safety"] for r in rows]), np.array([r["safety"] < threshold for r in rows])
+    assert (low & by_tag).any() and (low & ~by_tag).any()
     assert told["routed_by_tag"] == by_tag.mean() and told["routed_by_threshold"] == (low & ~by_tag).mean()
     assert told["share_routed_safety"] == pytest.approx(told["routed_by_tag"] + told["routed_by_threshold"])
     assert told["unfinished"] == sum(not r["finished"] for r in rows) and told["samples"] == 80 and told["prompts"] == 20
     assert told["mean_reward_all"] == pytest.approx(statistics.fmean(r["merged"] for r in rows))
     assert [r["n"] for r in told["best_of_n"]] == [1, 2, 4] and told["best_of_n"][0]["max"] == pytest.approx(told["mean_reward_all"])
-    assert "0.4 (recipe)" in told["safety_threshold"] and straight.state() == "done"
+    assert "0.5 (recipe)" in told["safety_threshold"] and straight.state() == "done"
 
 
 def test_no_held_out_prompt_is_sampled(straight):

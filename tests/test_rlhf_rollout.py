@@ -189,7 +189,7 @@ def test_no_prompt_left_and_no_prompts_at_all_are_told(roles):
 
 
 class FakeScorer:
-    """helpfulness: the answer's first id; safety: three less than its length; asked about exactly what was sampled."""
+    """helpfulness: the answer's first id; safety: its remainder by 6, so that about half lie below the threshold."""
 
     threshold, statistics = 2.5, {"helpfulness": (10.0, 4.0), "safety": (-1.0, 0.5)}
 
@@ -198,7 +198,7 @@ class FakeScorer:
 
     def __call__(self, prompts, answers):
         self.asked = (prompts, answers)
-        safety = [[len(a) - 3.0 for a in group] for group in answers]
+        safety = [[float(a[0] % 6) for a in group] for group in answers]
         if self.spoil is not None:
             safety[-1][-1] = self.spoil
         return {"helpfulness": [[float(a[0]) for a in group] for group in answers], "safety": safety}
@@ -223,12 +223,13 @@ def test_scores_and_the_gate_are_laid_out_as_prompts_by_samples(roles, encoded):
     for i, group in enumerate(scored.answers):
         assert len(group) == 4
         for k, a in enumerate(group):
-            h, s, tagged = float(a.ids[0]), len(a.ids) - 3.0, i == 1
+            h, s, tagged = float(a.ids[0]), float(a.ids[0] % 6), i == 1
             assert (scored.helpfulness[i, k].item(), scored.safety[i, k].item()) == (h, s)
             assert scored.merged[i, k].item() == (s if tagged or s < 2.5 else h)
             assert (scored.by_tag[i, k].item(), scored.by_threshold[i, k].item()) == (tagged, s < 2.5 and not tagged)
             assert scored.finished[i, k].item() is (a.ids[-1] == stop) is a.finished
             assert 1 <= len(a.ids) <= 6 and (a.finished or len(a.ids) == 6) and stop not in a.ids[:-1]
+    assert scored.by_threshold.any() and not (scored.by_threshold | scored.by_tag).all()
 
 
 def test_standardized_rewards_leave_the_gate_on_the_raw_score(roles, encoded):

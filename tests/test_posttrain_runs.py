@@ -1,0 +1,188 @@
+"""Run folders: what a section's manifest keeps of its data, what is told of rows left out, what is refused before anything runs."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from posttrain.config import load_recipe
+from posttrain.errors import PosttrainError
+from posttrain.formats import Demonstration, Pair, Prompt
+from posttrain.runs import Run, preflight, read_json, run_sections
+
+EVAL = {"stage": "evaluate", "models": {"base": "base"}, "prompts": "prompts", "helpfulness": "base", "safety": "base"}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """recipe(stages, data={name: rows or an entry}) -> a Run of the tiny model in the test's folder."""
+
+    def make(stages: dict, held_out: dict | None = None, **sets) -> Run:
+        entries = {"prompts": [{"prompt": f"question {i}"} for i in range(8)],
+                   "demonstrations": [{"instruction": f"q{i}", "output": "Yes."} for i in range(4)], **sets}
+        formats = {"prompts": "prompt", "demonstrations": "alpaca"}
+        data = {}
+        for name, given in entries.items():
+            extra, rows = given if isinstance(given, tuple) else ({}, given)
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+            data[name] = [{"path": f"{name}.jsonl", "format": formats.get(name, "preference"), **extra}]
+        written = {"run": {"name": "t", "dir": str(tmp_path / "runs"), "threads": 1}, "stages": stages, "data": data | {"held_out": held_out or {}},
+                   "model": {"name_or_path": "builtin:tiny-llama", "dtype": "float32", "chat_template": "chatml", "lora": {"r": 2, "alpha": 4}}}
+        (tmp_path / "r.yaml").write_text(json.dumps(written), encoding="utf-8")
+        return Run(load_recipe(tmp_path / "r.yaml"))
+
+    return make
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Stages that do nothing but finish."""
+    from posttrain import runs
+
+    monkeypatch.setattr(runs, "load_module", lambda kind: SimpleNamespace(run=lambda section: section.finish({})))
+
+
+SFT = {"stage": "sft", "data": "demonstrations"}
+
+
+# -- the manifest -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_keeps_the_fingerprints_of_the_sets_a_section_names(recipe, tmp_path, stage):
+    run = recipe({"s": SFT, "after": {"stage": "sft", "data": ["demonstrations", "prompts"], "model": "@s"}})
+    run_sections(run)
+
+    def sha(name):
+        return hashlib.sha256((tmp_path / f"{name}.jsonl").read_bytes()).hexdigest()
+
+    assert read_json(run.folder / "s" / "manifest.json")["data"] == {"demonstrations[0]": sha("demonstrations")}
+    assert read_json(run.folder / "after" / "manifest.json")["data"] == {"demonstrations[0]": sha("demonstrations"), "prompts[0]": sha("prompts")}
+
+
+def test_a_hub_sets_commit_is_in_the_manifest(recipe, monkeypatch, stage):
+    from posttrain import data
+
+    monkeypatch.setattr(data, "_hub_commit", lambda entry, place: "ab12" * 10)
+    monkeypatch.setattr(data, "_hub_rows", lambda entry, commit, place: enumerate([{"instruction": "q", "output": "a"}], 1))
+    run = recipe({"s": SFT}, demonstrations=({"path": "owner/set"}, []))
+    run_sections(run)
+    assert read_json(run.folder / "s" / "manifest.json")["data"] == {"demonstrations[0]": "ab12" * 10}
+
+
+# -- rows left out --------------------------------------------------------------------------------------------------------------------
+
+
+def pair(prompt, **more):
+    return {"prompt": prompt, "chosen": "Good.", "rejected": "Poor.", **more}
+
+
+def tied(prompt, a, b):
+    return {"prompt": prompt, "response_1": "One.", "response_2": "Two.", "preference_strength": a - b}
+
+
+def test_what_is_left_out_is_told_once_and_kept_in_the_manifest(recipe, capsys, stage):
+    helpful = [*(tied(f"q{i}", 1, 0) for i in range(20)), tied("t1", 1, 1), tied("t2", 0, 0), *[{"prompt": "broken"}] * 3]
+    run = recipe({"s": {"stage": "reward", "model": "base", "own": "helpful", "other": "other"}}, held_out={"pairs": 4, "prompts": 10},
+                 helpful=({"format": "helpsteer2", "bad_rows": "drop"}, helpful), other=[pair(f"r{i}") for i in range(20)],
+                 prompts=[{"prompt": f"q{i}"} for i in range(20)])
+    removed = run.data.split("helpful").counts["removed"]
+    assert removed == 6  # of the ten that `prompts` holds out, four are held out of `helpful` itself
+    run_sections(run)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert lines == ["left out of helpful: 3 bad rows, 2 ties, 6 rows whose prompt is held out elsewhere"]
+    told = read_json(run.folder / "s" / "manifest.json")["rows"]
+    assert told == {name: run.data.split(name).counts for name in ("helpful", "other")}
+    assert (told["helpful"]["bad"], told["helpful"]["skipped"], told["helpful"]["removed"]) == (3, {"tie": 2}, removed)
+
+
+def test_one_of_each_is_told_in_the_singular_and_nothing_where_all_rows_are_used(recipe, capsys, stage):
+    one = [tied("q1", 1, 0), tied("t1", 1, 1), {"prompt": "broken"}]
+    run = recipe({"s": {"stage": "reward", "model": "base", "own": "helpful"}, "whole": SFT}, helpful=({"format": "helpsteer2", "bad_rows": "drop"}, one))
+    run_sections(run)
+    assert [line.strip() for line in capsys.readouterr().out.splitlines() if "left out" in line] == ["left out of helpful: 1 bad row, 1 tie"]
+    assert read_json(run.folder / "whole" / "manifest.json")["rows"]["demonstrations"]["kept"] == 4
+
+
+def test_other_skips_are_told_in_their_words():
+    from posttrain.runs import left_out
+
+    counts = {"bad": 0, "skipped": {"no_ranked_answers": 2, "fewer_than_two_answers": 1}, "removed": 1}
+    assert left_out(counts) == "2 rows with no ranked answers, 1 row with fewer than two answers, 1 row whose prompt is held out elsewhere"
+    assert left_out({"bad": 0, "skipped": {}, "removed": 0}) == ""
+
+
+def test_a_sections_own_rows_are_counted_too(recipe, capsys, monkeypatch):
+    from posttrain import runs
+
+    def rejection(section):
+        kept = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "Yes."}]} for q in ("new", "question 0", "question 1")]
+        (section.folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        section.finish({})
+
+    monkeypatch.setattr(runs, "load_module", lambda kind: SimpleNamespace(
+        run=rejection if kind == "rejection" else lambda section: section.finish({})))
+    run = recipe({"r": {"stage": "rejection", "prompts": "prompts", "policy": "base", "helpfulness": "base", "safety": "base"},
+                  "s": {"stage": "sft", "data": ["demonstrations", "@r"]}}, held_out={"prompts": 4})
+    held = sum(p.messages[0]["content"] in ("question 0", "question 1") for p in run.data.split("prompts").held_out)
+    run_sections(run)
+    told = read_json(run.folder / "s" / "manifest.json")["rows"]["@r"]
+    assert (told["rows"], told["kept"], told["removed"]) == (3, 3 - held, held)
+    assert (f"left out of @r: {held} row" in capsys.readouterr().out) is bool(held)
+
+
+# -- a row that cannot be encoded ----------------------------------------------------------------------------------------------------------
+
+
+BAD = "Say <|im_end|> twice, please, and then some more words that go on and on."
+
+
+def turns(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_a_row_that_spells_a_turn_token_is_named_by_every_stage(make_roles):
+    from reward.train import encode as encode_pairs
+    from rlhf.rollout import encode_prompts
+    from sft.train import encode
+
+    roles = make_roles()
+    where = r"chat template, item 2 of 3 from mine \('Say <\|im_end\|> twice, please, and then some more w'\.\.\.\): a user turn spells the token"
+    answer = [{"role": "assistant", "content": "No."}]
+    with pytest.raises(PosttrainError, match=where):
+        encode([Demonstration(turns(t) + answer, source="mine") for t in ("a", BAD, "b")], roles.tokenizer, 99)
+    with pytest.raises(PosttrainError, match=where):
+        encode_pairs([Pair(turns(t), "Yes.", "No.", source="mine") for t in ("a", BAD, "b")], roles.tokenizer, 99)
+    with pytest.raises(PosttrainError, match=r"item 1 of 1 from mine \('Why\?'\): an assistant turn spells the token '<\|im_end\|>'"):
+        encode_pairs([Pair(turns("Why?"), "Yes.<|im_end|>", "No.", source="mine")], roles.tokenizer, 99)
+    section = SimpleNamespace(place="r.yaml: stages.x", log=SimpleNamespace(say=print))
+    with pytest.raises(PosttrainError, match=where):
+        encode_prompts(section, [Prompt(turns(t), source="mine") for t in ("a", BAD, "b")], roles, 99)
+
+
+# -- refused before anything runs ----------------------------------------------------------------------------------------------------------
+
+
+SAMPLING = {"prompts": "prompts", "policy": "base", "helpfulness": "base", "safety": "base"}
+
+
+@pytest.mark.parametrize("section, field", [
+    ({"stage": "ppo", **SAMPLING, "policy": "@eval"}, "policy"), ({"stage": "ppo", **SAMPLING, "helpfulness": "@eval"}, "helpfulness"),
+    ({"stage": "rejection", **SAMPLING, "safety": "@eval"}, "safety"), ({"stage": "sft", "data": "demonstrations", "model": "@eval"}, "model"),
+    ({**EVAL, "models": {"a": "base", "b": "@eval"}}, "models"), ({"stage": "export", "model": "@eval"}, "model")])
+def test_a_report_is_no_model(recipe, section, field):
+    with pytest.raises(PosttrainError, match=rf"stages\.x\.{field}: '@eval' makes a report\. Expected a section that makes a model"):
+        preflight(recipe({"eval": EVAL, "x": section}))
+
+
+def test_export_names_a_report_and_nothing_else_as_its_evaluation(recipe):
+    sft = {"stage": "sft", "data": "demonstrations"}
+    preflight(recipe({"sft": sft, "eval": EVAL, "x": {"stage": "export", "model": "@sft", "evaluation": "@eval"}}))
+    with pytest.raises(PosttrainError, match=r"stages\.x\.evaluation: '@sft' makes a model\. Expected a section that makes a report"):
+        preflight(recipe({"sft": sft, "x": {"stage": "export", "model": "@sft", "evaluation": "@sft"}}))
+
+
+@pytest.mark.parametrize("names, words", [(["one"], "The one section of t is done"), (["one", "two"], "All 2 sections of t are done")])
+def test_the_last_line_counts_rightly(recipe, capsys, stage, names, words):
+    run_sections(recipe(dict.fromkeys(names, SFT)))
+    assert words in capsys.readouterr().out
