@@ -20,16 +20,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing but the resolved configuration")]
 
 
-def _dry_run(recipe) -> None:
+def _dry_run(recipe, sections: list[str] | None = None) -> None:
     """Validate recipe and data, build the model on the meta device, print the arithmetic, write the resolved recipe."""
-    from posttrain import plan
-    from posttrain.models import meta_model
+    from posttrain import plan, shape
 
-    run = runs.Run(recipe)
-    folder = run.folder
-    say(plan.render(plan.plan(recipe)))
-    size = sum(p.numel() for p in meta_model(recipe.model, recipe.path).parameters())
-    say(f"Model: {recipe.model.name_or_path}, {size / 1e6:,.1f} M parameters (built on the meta device: no memory, no download).")
+    folder = runs.Run(recipe).folder
+    say(plan.render(plan.plan(recipe, sections=sections)))
+    say(shape.check_on_meta(recipe))
     folder.mkdir(parents=True, exist_ok=True)
     resolved = {"run": recipe.run.model_dump(), "model": recipe.model.model_dump(),
                 "data": {k: [e.model_dump() for e in v] for k, v in recipe.data_sets.items()} | {"held_out": recipe.held_out.model_dump()},
@@ -194,8 +191,7 @@ def stage_main(package: str) -> None:
                 raise PosttrainError(str(recipe), f"no {package} section '{name}'", f"one of {', '.join(runs.sections_of(loaded, kinds)) or 'none here'}",
                                      "Check the section's name and kind.")
         if dry_run:
-            loaded.stages = {k: v for k, v in loaded.stages.items() if k in names}
-            _dry_run(loaded)
+            _dry_run(loaded, names)
             return
         this = runs.Run(loaded)
         runs.preflight(this, names)

@@ -210,11 +210,22 @@ def _apply_override(raw: dict, text: str) -> None:
             raise PosttrainError(f"override '{text}'", f"{'.'.join(parts[:i])} is the value {node!r}, not a section",
                                  "a key inside a section", "Check the dots.")
         if last:
-            node[part] = yaml.load(value, Loader=_Loader) if value else None
+            node[part] = _override_value(text, value)
         else:
             if isinstance(node, dict) and (part not in node or node[part] is None):
                 node[part] = {}
             node = node[part]
+
+
+def _override_value(text: str, value: str):
+    """The YAML value after '='; '@section' may stand without quotes."""
+    if value.startswith("@"):
+        return value
+    try:
+        return yaml.load(value, Loader=_Loader) if value else None
+    except yaml.YAMLError as e:
+        raise PosttrainError(f"override '{text}'", f"'{value}' is not a YAML value ({getattr(e, 'problem', e)})", "a number, word or [list]",
+                             "Put quotes around it.") from None
 
 
 def _suggest(word: str, options) -> str:
@@ -242,7 +253,8 @@ def _model_at(model: type[BaseModel], loc: tuple) -> type[BaseModel] | None:
 
 def _refuse(error: ValidationError, place: str, model: type[BaseModel], prefix: str = ""):
     """Turn pydantic's first error into ours."""
-    first = error.errors()[0]
+    found = error.errors()
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # a misspelled key says more than the one it leaves missing
     loc = tuple(p for p in first["loc"] if not (isinstance(p, str) and ("[" in p or p in ("HeldOut", "constrained-str"))))
     key = prefix + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
     if first["type"] == "extra_forbidden":

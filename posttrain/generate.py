@@ -68,9 +68,10 @@ class RowCache(Cache):
         return 0
 
     def keep(self, rows: Tensor) -> None:
-        """Shrink to these rows."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        """Shrink to these rows, layer by layer so that old and new memory never stand side by side."""
+        for memory in (self.keys, self.values):
+            for layer, kept in enumerate(memory):
+                memory[layer] = kept[rows]
         self.rows = len(rows)
         self.lengths = self.lengths[rows]
         self.row_ids = torch.arange(self.rows, device=rows.device)

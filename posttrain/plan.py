@@ -23,7 +23,7 @@ from posttrain.shape import read_shape
 TOKENS_PER_WORD, TEMPLATE_TOKENS = 1.35, 32
 PAPER_BATCH = {"sft": 64, "reward": 512}
 FEWEST_STEPS, FEWEST_WARMUP = 50, 5
-KV_PEAK = 1.75  # generate.RowCache.keep makes the smaller memory beside the larger one, at three quarters of its rows
+KV_PEAK = 1.0  # generate.RowCache.keep shrinks layer by layer: old and new never stand side by side
 RESERVE = 1.0e9  # bytes of a GPU that its driver and the allocator keep
 LABELS = ("counted", "declared", "estimated")
 USES = ("base", "roles", "optimizer", "decoder", "kv_cache", "activations")

@@ -332,6 +332,21 @@ def provenance() -> dict:
             "machine": {"system": platform.system(), "processor": platform.machine(), "cores": len(os.sched_getaffinity(0))}}
 
 
+@contextmanager
+def _disk_faults(section: Section):
+    """Tell a full or unwritable disk as one of our errors; torch and safetensors meet it with errors of their own."""
+    try:
+        yield
+    except Exception as e:
+        why = e.strerror if isinstance(e, OSError) and e.errno in (28, 122, 30, 13) else None
+        if any(words in str(e) for words in ("os error 28", "PytorchStreamWriter failed", "unexpected pos")):
+            why = "No space left on device"
+        if why is None or isinstance(e, PosttrainError):
+            raise
+        raise PosttrainError(str(section.folder), f"cannot be written ({why})", "room on a writable disk",
+                             "Free some space and run the same command again; nothing finished is lost.") from e
+
+
 def run_sections(run: Run, names: list[str] | None = None) -> None:
     """Walk the recipe's road: skip what is done, continue what was cut off, run what is new or changed."""
     whole = names is None
@@ -355,19 +370,16 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
                     f" (the earlier result is kept in {run.folder / '.previous'})", style="bold")
             else:
                 say(f"{title}{': goes on where it was cut off' if state == 'started' else ''}", style="bold")
-            run.start(section)
+            with _disk_faults(section):
+                run.start(section)
             if section.state() == "done":
                 say("  found among the earlier results; nothing to do")
                 continue
             run.clock = time.time()
-            section.count_rows()
             try:
-                load_module(section.kind).run(section)
-            except OSError as e:
-                if e.errno in (28, 122, 30, 13):
-                    raise PosttrainError(str(section.folder), f"cannot be written ({e.strerror})", "room on a writable disk",
-                                         "Free some space and run the same command again; nothing finished is lost.") from e
-                raise
+                with _disk_faults(section):
+                    section.count_rows()
+                    load_module(section.kind).run(section)
             finally:
                 if not (section.folder / "DONE").exists() and section.manifest:
                     section.manifest["seconds"] = round(section.manifest.get("seconds", 0) + time.time() - run.clock, 1)

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from posttrain.errors import PosttrainError
 from posttrain.models import Role, Roles
 from posttrain.packing import Tree, collate, token_budget
+from posttrain.plan import warmup_steps
 from posttrain.runs import Section, file_digest, read_json, write_json
 
 CHECKSUMS = "checksums.json"
@@ -230,14 +231,13 @@ class _Watch(TrainerCallback):
 
 def training_arguments(config, section: Section, roles: Roles, role: Role, steps: int, default_lr: float) -> dict:
     """TrainingArguments' values for one of our stages; the same for SFTConfig and RewardConfig."""
-    warmup = 0 if config.warmup_ratio == 0 else max(5, -(-int(config.warmup_ratio * steps * 1000) // 1000))
-    warmup = min(warmup, max(steps - 1, 0))
     autocast = role.adapter is None and roles.dtype == torch.float32 and section.recipe.model.dtype == "auto" and _bf16_autocast(roles)
     return {
         "output_dir": str(section.folder), "max_steps": steps, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
         "learning_rate": config.learning_rate or default_lr, "weight_decay": config.weight_decay, "adam_beta1": config.adam_beta1,
         "adam_beta2": config.adam_beta2, "adam_epsilon": config.adam_epsilon, "max_grad_norm": config.max_grad_norm, "optim": "adamw_torch",
-        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": config.min_lr_ratio}, "warmup_steps": warmup,
+        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": config.min_lr_ratio},
+        "warmup_steps": warmup_steps(steps, config.warmup_ratio),
         "logging_strategy": "steps", "logging_steps": 1, "logging_nan_inf_filter": False, "save_strategy": "steps", "save_steps": config.save_steps,
         "save_total_limit": config.save_total_limit, "report_to": "none", "disable_tqdm": True, "bf16": autocast, "fp16": False, "tf32": None,
         "use_cpu": roles.device.type == "cpu", "gradient_checkpointing": config.activation_checkpointing, "seed": section.seed, "data_seed": section.seed,

@@ -167,7 +167,7 @@ def iteration_prompts(prompts: list[Encoded], need: int, seed: int, iteration: i
 def announce(section: Section, scorer: Scorer, prompts, watched) -> None:
     c = section.config
     section.log.say(f"{len(prompts)} prompts, {len(watched)} watched for early stopping; {c.iterations} iterations of {c.batch_size} answers, "
-                    f"{max(1, c.batch_size // c.mini_batch_size)} steps each; beta {c.kl_coef:g}; whitening: {whitening(c)}; gate: {scorer.threshold_note}")
+                    f"{-(-c.batch_size // c.mini_batch_size)} steps each; beta {c.kl_coef:g}; whitening: {whitening(c)}; gate: {scorer.threshold_note}")
 
 
 # -- one iteration ---------------------------------------------------------------------------------------------------------------

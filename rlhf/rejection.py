@@ -52,8 +52,10 @@ def run(section: Section) -> None:
     bags = [rows[i:i + config.samples_per_prompt] for i in range(0, len(rows), config.samples_per_prompt)]
     kept = select(bags)
     write_outputs(section, bags, kept)
-    section.finish(results(config, bags, kept, scorer))
-    section.log.say(f"{len(kept)} of {len(bags)} prompts keep their best answer; mean merged reward {_mean(rows):.3f} -> {_mean(kept.values()):.3f}; "
+    told = results(config, bags, kept, scorer)
+    section.finish(told)
+    section.log.say(f"{len(kept)} of {len(bags)} prompts keep their best answer; mean merged reward of their answers "
+                    f"{told['mean_reward_of_kept_prompts']:.3f} -> {told['mean_reward_kept']:.3f}; "
                     f"{sum(not r['finished'] for r in rows)} of {len(rows)} samples were cut off and dropped")
 
 
@@ -130,7 +132,8 @@ def results(config, bags, kept, scorer) -> dict:
             "routed_by_tag": float(np.mean([r["is_safety"] for r in rows])),
             "routed_by_threshold": float(np.mean([not r["is_safety"] and r["safety"] < scorer.threshold for r in rows])),
             "safety_threshold": scorer.threshold_note, "best_of_n": best_of_n(bags, sizes), "mean_reward_all": _mean(rows),
-            "mean_reward_kept": _mean(kept.values()), "answer_tokens": float(np.mean([len(r["ids"]) for r in rows]))}
+            "mean_reward_of_kept_prompts": _mean([r for i in kept for r in bags[i]]), "mean_reward_kept": _mean(kept.values()),
+            "answer_tokens": float(np.mean([len(r["ids"]) for r in rows]))}
 
 
 def _mean(rows) -> float:

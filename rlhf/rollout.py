@@ -173,8 +173,8 @@ def answer_trees(scored: Scored) -> list[Tree]:
 
 
 def sequence_kl(roles: Roles, role: str, reference: str, scored: Scored, budget: int, temperature: float = 1.0) -> list[float]:
-    """Per answer, sum of log p_role - log p_reference over its tokens, in nats: its mean estimates the sequence KL of samples drawn
-    from `role` at `temperature` 1 with top-p 1 (elsewhere it is a distance, not a KL)."""
+    """Per answer, sum of log p_role - log p_reference over its tokens at `temperature`, in nats: its mean estimates the sequence KL
+    where the answers were drawn from `role` at that temperature with top-p 1 (elsewhere it is a distance, not a KL)."""
     trees = answer_trees(scored)
     batches = make_batches(trees, len(trees) * len(trees[0].ends), budget, roles, list(range(len(trees))))
     gap = torch.zeros(batches.response_mask.shape, device=roles.device)

@@ -81,8 +81,11 @@ def _answers(section: Section, roles: Roles, scorer: Scorer, encoded: list[Encod
         pass
     scored = sample_and_score(roles, role_of(c, name), scorer, encoded, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature, c.top_p),
                               derive_seed(section.seed, section.name), c.batch)
-    kl = sequence_kl(roles, role_of(c, name), "model_0", scored, budget)
-    compared = {before: sequence_kl(roles, role_of(c, name), role_of(c, before), scored, budget) for after, before in c.compare if after == name}
+    def distance(reference):
+        return sequence_kl(roles, role_of(c, name), reference, scored, budget, c.temperature or 1.0)
+
+    kl = distance("model_0")
+    compared = {before: distance(role_of(c, before)) for after, before in c.compare if after == name}
     rows, k = scored.rows(roles.tokenizer), c.samples_per_prompt
     for i, row in enumerate(rows):
         p = encoded[i // k].prompt

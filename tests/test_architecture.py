@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
 def imports(path: Path, top_only: bool = False) -> set[str]:
     """The dotted names a file imports, inside functions too."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -186,3 +186,39 @@ def test_export_names_a_report_and_nothing_else_as_its_evaluation(recipe):
 def test_the_last_line_counts_rightly(recipe, capsys, stage, names, words):
     run_sections(recipe(dict.fromkeys(names, SFT)))
     assert words in capsys.readouterr().out
+
+
+# -- a disk that is full ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"), OSError(30, "Read-only file system"), OSError(122, "Disk quota exceeded"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 26816 vs 26708"),  # torch.save
+    RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/7: file write failed"),
+    Exception("Error while serializing: I/O error: No space left on device (os error 28)")])  # safetensors
+@pytest.mark.parametrize("where", ["stage", "start"])
+def test_a_disk_that_cannot_be_written_is_told_whoever_meets_it(recipe, monkeypatch, error, where):
+    from posttrain import runs
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(runs, "load_module", lambda kind: SimpleNamespace(run=fail))
+    if where == "start":
+        monkeypatch.setattr(Run, "start", fail)
+    with pytest.raises(PosttrainError, match=r"t/s: cannot be written \((No space|Read-only|Disk quota).*nothing finished is lost"):
+        run_sections(recipe({"s": SFT}))
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("shapes differ"), ValueError("x")])
+def test_other_errors_stay_what_they_are(recipe, monkeypatch, error):
+    from posttrain import runs
+
+    def fail(section):
+        raise error
+
+    monkeypatch.setattr(runs, "load_module", lambda kind: SimpleNamespace(run=fail))
+    run = recipe({"s": SFT})
+    with pytest.raises(type(error)):
+        run_sections(run)
+    assert read_json(run.folder / "s" / "manifest.json")["seconds"] >= 0

@@ -473,6 +473,13 @@ def test_settings_that_do_not_fit_are_told(engine, changed, match):
         ppo.split_prompts(section, engine.roles)
 
 
+def test_the_announced_steps_are_those_that_are_made(engine):
+    """A batch that the mini-batch does not divide ends with a smaller one."""
+    said, config = [], engine.section.config.model_copy(update={"batch_size": 16, "mini_batch_size": 5})
+    ppo.announce(SimpleNamespace(config=config, log=SimpleNamespace(say=said.append)), SimpleNamespace(threshold_note="x"), [], [])
+    assert "4 steps each" in said[0] and len(one_update(engine, mini_batch_size=5).batches.mini) == 4
+
+
 # -- whitening -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -679,8 +686,8 @@ def test_full_fine_tuning_keeps_five_models_apart_and_survives_a_kill(tmp_path_f
         monkeypatch.setattr(ppo, "load_roles", load)
         monkeypatch.setattr(ppo, "finish", finish)
         ppo.run(started(straight, "ppo"))
-    moved = {name: any(not torch.equal(a, b) for a, b in zip(seen["before"][name], after, strict=True)) for name, after in seen["after"].items()}
-    assert moved == {"policy": True, "critic": True, "reference": False, "helpfulness": False, "safety": False}
+    same = {name: all(map(torch.equal, seen["before"][name], after)) for name, after in seen["after"].items()}
+    assert same == {"policy": False, "critic": False, "reference": True, "helpfulness": True, "safety": True}
     section = started(cut, "ppo")
     with pytest.MonkeyPatch.context() as monkeypatch:
         KILLS["when iteration 3 is told"](monkeypatch)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import statistics
 from types import SimpleNamespace
 
@@ -162,6 +163,11 @@ def test_the_results_say_what_was_measured(straight):
     assert told["share_routed_safety"] == pytest.approx(told["routed_by_tag"] + told["routed_by_threshold"])
     assert told["unfinished"] == sum(not r["finished"] for r in rows) and told["samples"] == 80 and told["prompts"] == 20
     assert told["mean_reward_all"] == pytest.approx(statistics.fmean(r["merged"] for r in rows))
+    bags = [rows[i:i + 4] for i in range(0, 80, 4)]
+    usable = [bag for bag in bags if any(r["finished"] and r["answer"] for r in bag)]  # both means are over the same prompts
+    assert told["mean_reward_of_kept_prompts"] == pytest.approx(statistics.fmean(r["merged"] for bag in usable for r in bag))
+    best = [max(r["merged"] for r in bag if r["finished"] and r["answer"]) for bag in usable]
+    assert told["mean_reward_kept"] == pytest.approx(statistics.fmean(best)) and told["kept"] == len(usable)
     assert [r["n"] for r in told["best_of_n"]] == [1, 2, 4] and told["best_of_n"][0]["max"] == pytest.approx(told["mean_reward_all"])
     assert "0.5 (recipe)" in told["safety_threshold"] and straight.state() == "done"
 
@@ -198,7 +204,7 @@ def test_damaged_chunks_are_sampled_again_to_the_same_bytes(straight, monkeypatc
     before = files(straight)
     chunks = sorted((straight.folder / "chunks").iterdir())
     whole = chunks[1].read_bytes()
-    at = whole.index(b'"merged": ') + 12
+    at = re.search(rb'"merged": -?\d+\.(\d)', whole).start(1)  # a digit, to another digit
     changed = {"cut": whole[:len(whole) // 2], "flip": whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:], "empty": b""}
     if damage in changed:
         chunks[1].write_bytes(changed[damage])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 
@@ -77,8 +78,9 @@ def test_a_win_is_one_a_tie_a_half():
 def test_intervals_are_by_prompt():
     """Prompt a gains 0 and b gains 1 in each of 8 samples: resampled by prompt the mean is 0, 0.5 or 1; by row it would stay near 0.5."""
     keys = list("a" * 8 + "b" * 8)
-    gain = difference([row(k, float(k == "b")) for k in keys], [row(k, 0.0) for k in keys], keys, 0.0)["merged"]
-    assert (gain["mean"], gain["low"], gain["high"], gain["n"], gain["groups"]) == (0.5, 0.0, 1.0, 16, 2)
+    told = difference([row(k, float(k == "b"), safety=-1.0 if k == "b" else 1.0) for k in keys], [row(k, 0.0) for k in keys], keys, 0.0)
+    for gain in (told["merged"], told["unsafe_share"]):
+        assert (gain["mean"], gain["low"], gain["high"], gain["n"], gain["groups"]) == (0.5, 0.0, 1.0, 16, 2)
 
 
 @pytest.mark.parametrize("threshold, limit", [(0.5, 0.0), (0.15, math.log(0.15 / 0.85)), (0.9, math.log(9))])
@@ -310,7 +312,7 @@ def test_a_cut_evaluation_goes_on_with_the_next_model(straight, tmp_path_factory
 def test_damaged_answers_are_asked_for_again(straight, monkeypatch, damage):
     before, path = outcome(straight), straight.folder / "answers-v1.0.json"
     whole = path.read_bytes()
-    at = whole.index(b'"merged": ') + 12
+    at = re.search(rb'"merged": -?\d+\.(\d)', whole).start(1)  # a digit, to another digit
     path.write_bytes({"cut": whole[:-2], "flip": whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:], "null": b"null", "list": b"[]",
                       "missing": b""}[damage])
     if damage == "missing":
