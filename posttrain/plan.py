@@ -23,7 +23,6 @@ from posttrain.shape import read_shape
 TOKENS_PER_WORD, TEMPLATE_TOKENS = 1.35, 32
 PAPER_BATCH = {"sft": 64, "reward": 512}
 FEWEST_STEPS, FEWEST_WARMUP = 50, 5
-KV_PEAK = 1.0  # generate.RowCache.keep shrinks layer by layer: old and new never stand side by side
 RESERVE = 1.0e9  # bytes of a GPU that its driver and the allocator keep
 LABELS = ("counted", "declared", "estimated")
 USES = ("base", "roles", "optimizer", "decoder", "kv_cache", "activations")
@@ -210,7 +209,7 @@ class Planner:
         out = {"base": shape.weights(self.model.quantization, self.width) if self.lora else 0.0,
                "roles": roles * size, "optimizer": 3 * trainable * size,  # gradient and Adam's two moments
                "decoder": shape.body * self.width if kv_tokens and self.lora and self.model.quantization == "none" else 0,
-               "kv_cache": KV_PEAK * kv_tokens * shape.kv(self.width),
+               "kv_cache": kv_tokens * shape.kv(self.width),
                "activations": training_tokens * shape.activations(self.width, checkpointing)}
         return out | {"total": sum(out[k] for k in USES[:4]) + max(out["kv_cache"], out["activations"])}
 

@@ -46,7 +46,8 @@ class PPOStage(SamplingConfig):
     temperature: float = Field(1.0, gt=0)
     whiten: Literal["auto", "batch", "running", "none"] = "auto"
     standardize_rewards: bool = Field(False, description="put both reward models on their own held-out mean and deviation before the gate")
-    unfinished_score: float = Field(-1.0, description="ceiling of the whitened score of an answer that was cut off")
+    unfinished_score: float | None = Field(-1.0, description="ceiling of the whitened score of an answer that was cut off; null: no ceiling, its "
+                                           "score as an answer that ends there stands")
     critic_warmup: int = Field(10, ge=0, description="most critic-only iterations before PPO begins")
     critic_warmup_target: float = Field(0.2, le=1, description="explained variance that ends the critic's warm-up")
     weight_decay: float = Field(0.1, ge=0)

@@ -194,7 +194,8 @@ def final_scores(section: Section, scored: Scored, state: State) -> Tensor:
     elif kind == "running":
         state.moments = gate.update_moments(state.moments, merged)
         merged = gate.whiten_running(merged, state.moments)
-    return gate.cap_unfinished(merged, scored.finished.flatten(), section.config.unfinished_score)
+    ceiling = section.config.unfinished_score
+    return merged if ceiling is None else gate.cap_unfinished(merged, scored.finished.flatten(), ceiling)
 
 
 def make_rollout(section: Section, roles: Roles, scored: Scored, state: State) -> tuple[Batches, Rollout]:

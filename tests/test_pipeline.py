@@ -113,7 +113,7 @@ def run_with_kills(home: Path, delays: list[float]) -> int:
 def test_five_kills_change_nothing(straight, tmp_path):
     folder, _, seconds = straight
     rng = random.Random(20261124)
-    delays = [rng.uniform(0.25, 0.75) * seconds for _ in range(5)]
+    delays = [rng.uniform(0.3, 0.5) * seconds for _ in range(5)]
     assert run_with_kills(tmp_path, delays) >= 3
     assert weights(tmp_path / "tiny") == weights(folder)
     mine, theirs = (json.loads((f / "ppo" / "results.json").read_text()) for f in (tmp_path / "tiny", folder))

@@ -206,7 +206,7 @@ def test_memory_by_hand(recipe):
     assert local["activations"] == 4096 * 32 * (18 * 4096 + 6 * 11008) * 2
     assert local["total"] == sum(local[k] for k in ("base", "roles", "optimizer", "activations"))
     best, ppo = rows["best"]["memory"], rows["ppo"]["memory"]
-    assert best["kv_cache"] == 1.75 * 8 * (37 + 100) * 512 * 1024  # the longest prompt: three words, 4 tokens, and 32 of the template
+    assert best["kv_cache"] == 8 * (37 + 100) * 512 * 1024  # the longest prompt: three words, 4 tokens, and 32 of the template
     assert (best["roles"], best["optimizer"]) == (3 * 4 * lora, 0)
     assert (ppo["roles"], ppo["optimizer"]) == (5 * 4 * lora, 2 * 12 * lora)  # policy and critic learn
     assert ppo["total"] == ppo["base"] + ppo["roles"] + ppo["optimizer"] + max(ppo["kv_cache"], ppo["activations"])

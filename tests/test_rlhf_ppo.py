@@ -339,16 +339,18 @@ def test_the_rollout_is_what_one_sequence_at_a_time_gives(engine, layout):
             assert got.rollout.old_logprobs[i, :len(a.ids)].tolist() == pytest.approx(a.logprobs, abs=1e-4)
 
 
-def test_the_gradients_of_a_step_are_those_of_the_mean_loss_over_its_tokens(engine):
-    """Written out answer by answer: clipped ratio times advantage, clipped squared error, each divided by the mini-batch's tokens."""
-    got = one_update(engine, max_grad_norm=1e9, shift=0.4)
+@pytest.mark.parametrize("step", [0, 1])
+def test_the_gradients_of_a_step_are_those_of_the_mean_loss_over_its_tokens(engine, step):
+    """Written out answer by answer: clipped ratio times advantage, clipped squared error, each divided by the mini-batch's tokens.
+    With a learning rate of nothing the second step starts from the same weights, and from no gradient of the first."""
+    got = one_update(engine, max_grad_norm=1e9, shift=0.4, learning_rate=1e-30, critic_learning_rate=1e-30)
     for n, p in engine.roles.base.named_parameters():
         p.data.copy_(engine.start[n])
         p.grad = None
     clipped = value_clipped = 0
-    first = [n for w in got.batches.where[0] for n in w.tolist()]
-    count = sum(len(sequences(engine)[n][1]) for n in first)
-    for n in first:
+    numbers = [n for w in got.batches.where[step] for n in w.tolist()]
+    count = sum(len(sequences(engine)[n][1]) for n in numbers)
+    for n in numbers:
         ids, answer = sequences(engine)[n]
         logp, _ = alone(engine.roles, "policy", ids, answer, 0.5)
         total = 0.0 * logp.sum()
@@ -370,7 +372,7 @@ def test_the_gradients_of_a_step_are_those_of_the_mean_loss_over_its_tokens(engi
         (total / count).backward()
     assert 0.05 < clipped / count < 0.5 and 0.05 < value_clipped / count < 0.6
     for role in ("policy", "critic"):
-        for p, used in zip(engine.roles[role].parameters(), got.used[role][0], strict=True):
+        for p, used in zip(engine.roles[role].parameters(), got.used[role][step], strict=True):
             torch.testing.assert_close(used, p.grad, rtol=1e-4, atol=1e-4 * p.grad.abs().max().item() + 1e-9)
 
 
