@@ -47,7 +47,7 @@ def read_lines(path: Path) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines would also cut at U+2028 and U+0085 inside an answer
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -161,6 +161,7 @@ class Section:
         out = {"run.seed": self.seed, "format": FORMAT, **flatten("model", recipe.model.model_dump())}
         stage = {k: v for k, v in self.config.model_dump().items() if k not in NOT_PART_OF_THE_RESULT}
         out |= flatten(f"stages.{self.name}", stage)
+        out |= {f"stages.{self.name}.{k} in this order": list(v) for k, v in stage.items() if isinstance(v, dict)}  # the first model is the baseline
         for name in (n for n in self.data_names() if not n.startswith("@")):
             out |= self.run.data_inputs(name)
         for value in cfg.fields_referring_to(self.config, "model").values():

@@ -222,3 +222,24 @@ def test_other_errors_stay_what_they_are(recipe, monkeypatch, error):
     with pytest.raises(type(error)):
         run_sections(run)
     assert read_json(run.folder / "s" / "manifest.json")["seconds"] >= 0
+
+
+def test_lines_are_cut_at_newlines_alone(tmp_path):
+    from posttrain.log import append_line, read_lines
+
+    rows = [{"step": 1, "answer": "a\u2028b\u0085c"}, {"step": 2, "answer": "d"}]
+    for row in rows:
+        append_line(tmp_path / "samples.jsonl", row)
+    assert read_lines(tmp_path / "samples.jsonl") == rows
+
+
+def test_the_order_of_compared_models_is_part_of_the_fingerprint():
+    from pathlib import Path
+
+    from posttrain.config import load_recipe
+    from posttrain.runs import Run
+
+    tiny = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
+    one, other = (Run(load_recipe(tiny, [f"eval.models={{{m}}}"])).section("eval").fingerprint
+                  for m in ("v1: '@v1', chat: '@ppo'", "chat: '@ppo', v1: '@v1'"))
+    assert one != other
