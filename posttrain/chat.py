@@ -92,10 +92,10 @@ def _spare_token(tokenizer, end: int, place: str) -> str:
 def _render(tokenizer, messages: list[dict], generation: bool) -> tuple[str, list[int]]:
     """Raises PosttrainError where the template refuses the messages, or where their text spells a token of the format."""
     for message in messages:
-        found = _format_tokens(tokenizer, tokenizer.chat_template, tokenizer.pad_token).search(message["content"])
+        found = spelled_token(tokenizer, message["content"])
         if found:
             turn = "an assistant turn" if message["role"] == "assistant" else f"a {message['role']} turn"
-            raise PosttrainError("chat template", f"{turn} spells the token {found[0]!r}: {message['content'][:60]!r}",
+            raise PosttrainError("chat template", f"{turn} spells the token {found!r}: {message['content'][:60]!r}",
                                  "text that cannot be taken for the end or start of a turn", "Remove or rewrite this row.")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
@@ -103,6 +103,12 @@ def _render(tokenizer, messages: list[dict], generation: bool) -> tuple[str, lis
         raise PosttrainError("chat template", f"it refuses the turns {' '.join(m['role'] for m in messages)} ({e})",
                              "user and assistant in turn, after an optional system text", "Correct the row, or name another template.") from None
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def spelled_token(tokenizer, text: str) -> str | None:
+    """The first token of the dialogue's format that a text spells out, if any: such a text can't be a turn."""
+    found = _format_tokens(tokenizer, tokenizer.chat_template, tokenizer.pad_token).search(text)
+    return found and found[0]
 
 
 def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:

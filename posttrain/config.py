@@ -7,6 +7,7 @@ is checked without importing torch.
 import difflib
 import re
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -255,11 +256,11 @@ def _refuse(error: ValidationError, place: str, model: type[BaseModel], prefix: 
     """Turn pydantic's first error into ours."""
     found = error.errors()
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # a misspelled key says more than the one it leaves missing
-    loc = tuple(p for p in first["loc"] if not (isinstance(p, str) and ("[" in p or p in ("HeldOut", "constrained-str"))))
+    loc = tuple(p for p in first["loc"] if not (isinstance(p, str) and ("[" in p or p == "HeldOut" or p.startswith("constrained-"))))
     key = prefix + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
     if first["type"] == "extra_forbidden":
         owner = DataEntry if "data" in loc[:1] and loc[1:2] != ("held_out",) else HeldOut if loc[:1] == ("data",) else _model_at(model, loc)
-        options = [f for f in owner.model_fields if f != "path" or owner is not Recipe]
+        options = [f for f in owner.model_fields if f != "path" or owner is not Recipe] + ["sweep"] * issubclass(owner, StageConfig)
         raise PosttrainError(f"{place}: {key}", "unknown key", f"one of the known keys of {owner.__name__}", _suggest(loc[-1], options))
     if first["type"] == "missing":
         raise PosttrainError(f"{place}: {key}", "missing", "a value", "Add this key; recipes/ shows examples.")
@@ -277,6 +278,45 @@ def _stage_config(name: str, raw: dict, place: str) -> StageConfig:
         return cls(**{**raw, "stage": kind})
     except ValidationError as e:
         _refuse(e, place, cls, prefix=f"stages.{name}.")
+
+
+def _expand_sweeps(raw: dict, place: str) -> dict[str, list[str]]:
+    """Put one section for each combination of values in the place of a section with `sweep: {KEY: [VALUES]}`, named SECTION-VALUE.
+
+    Named by value, not by number: a value added later leaves the finished sections' names as they are. Returns the members of each.
+    """
+    given, stages, sweeps = raw.get("stages"), {}, {}
+    for name, section in given.items() if isinstance(given, dict) else ():
+        if not isinstance(section, dict) or "sweep" not in section:
+            stages[name] = section
+            continue
+        rest, sweep, key = {k: v for k, v in section.items() if k != "sweep"}, section["sweep"], f"{place}: stages.{name}.sweep"
+        kind = rest.setdefault("stage", name)
+        known = [k for k in load_config_class(kind).model_fields if k != "stage"] if isinstance(kind, str) and kind in STAGES else []
+        if not isinstance(sweep, dict) or not sweep:
+            raise PosttrainError(key, f"got {sweep!r}", "keys of the section with a list of values each", "Write sweep: {fraction: [0.25, 0.5, 1.0]}.")
+        for k, values in sweep.items():
+            if known and k not in known:
+                raise PosttrainError(f"{key}.{k}", "unknown key", f"a key of stage '{kind}'", _suggest(k, known))
+            if not isinstance(values, list) or not values:
+                raise PosttrainError(f"{key}.{k}", f"got {values!r}", "a list of values", "Write them in brackets.")
+        sweeps[name] = []
+        for values in product(*sweep.values()):
+            member = "-".join([str(name), *map(_value_word, values)])
+            if member in stages or member in given:
+                raise PosttrainError(key, f"two sections would be called '{member}'", "a name of its own for every combination",
+                                     "Change a value or a section's name.")
+            stages[member] = rest | dict(zip(sweep, values, strict=True))
+            sweeps[name].append(member)
+    if sweeps:
+        raw["stages"] = stages
+    return sweeps
+
+
+def _value_word(value) -> str:
+    """A swept value inside a section's name: 0.25, small; lists joined."""
+    text = f"{value:g}" if isinstance(value, float) else "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")
 
 
 def references(value) -> list[str]:
@@ -314,10 +354,14 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         if parent in [p.resolve() for p in seen]:
             raise PosttrainError(str(path), f"'extends' comes back to {parent}", "a chain that ends", "Remove one 'extends'.")
         seen.append(parent)
-        raw = _merge(read_yaml(parent), raw)
+        below = read_yaml(parent)
+        raw = _merge(below, raw)
+        if isinstance(raw.get("stages"), dict):  # `NAME: null` leaves out a section of the recipe below
+            raw["stages"] = {n: s for n, s in raw["stages"].items() if s is not None or n not in (below.get("stages") or {})}
     for text in overrides:
         _apply_override(raw, text)
     place = str(path)
+    sweeps = _expand_sweeps(raw, place)
     try:
         recipe = Recipe(**{k: v for k, v in raw.items() if k != "path"}, path=place)
     except ValidationError as e:
@@ -330,12 +374,12 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         if not isinstance(section or {}, dict):
             raise PosttrainError(f"{place}: stages.{name}", f"got {section!r}", "a mapping", "Write the stage's keys below its name.")
         recipe.stages[name] = _stage_config(name, section or {}, place)
-    _check_names(recipe, place)
+    _check_names(recipe, place, sweeps)
     return recipe
 
 
-def _check_names(recipe: Recipe, place: str) -> None:
-    """Every data name, data format and @reference must exist; references must not form a circle."""
+def _check_names(recipe: Recipe, place: str, sweeps: dict[str, list[str]]) -> None:
+    """Every data name, data format and @reference must exist; references must not form a circle. sweeps: section -> its members."""
     from posttrain.formats import FORMATS
 
     for name, entries in recipe.data_sets.items():
@@ -347,6 +391,9 @@ def _check_names(recipe: Recipe, place: str) -> None:
                                      f"one of {', '.join(FORMATS)}", _suggest(entry.format, FORMATS))
     for name, config in recipe.stages.items():
         for ref in references(config.model_dump()):
+            if ref in sweeps:
+                raise PosttrainError(f"{place}: stages.{name}", f"'@{ref}' is swept and names {len(sweeps[ref])} sections",
+                                     f"one of {', '.join(sweeps[ref])}", f'Say which, such as "@{sweeps[ref][-1]}".')
             if ref not in recipe.stages:
                 raise PosttrainError(f"{place}: stages.{name}", f"'@{ref}' names no section", "a section of this recipe",
                                      _suggest(ref, [s for s in recipe.stages if s != name]))

@@ -234,15 +234,21 @@ class Roles:
     # -- loading -------------------------------------------------------------------------------------------------------------
 
     def add(self, name: str, source: str | Path | None = None, *, trainable: bool = False, head: str | None = None, seed: int = 0,
-            fresh_adapter: bool = False) -> Role:
+            fresh_adapter: bool | None = None) -> Role:
         """Load a role.
 
         source: None for the recipe's base, an adapter folder, or a full model folder. head: None, 'saved' (from source), 'new'
-        (normal, the model's initializer range), 'zero'. fresh_adapter: put a new adapter on the base. With an adapter as source
-        and trainable, the adapter's tensors are copied: the source folder stays as it is.
+        (normal, the model's initializer range), 'zero'. fresh_adapter: put a new adapter on the base; None: where the recipe
+        trains adapters, the role is trainable and its source is the base. With an adapter as source and trainable, the adapter's
+        tensors are copied: the source folder stays as it is.
         """
         source = Path(source) if source else None
         is_adapter = source is not None and (source / "adapter_config.json").exists()
+        if fresh_adapter is None:
+            fresh_adapter = trainable and self.config.lora is not None and not is_adapter
+        if fresh_adapter and source is not None:
+            raise PosttrainError(f"{self.place}: model.lora", f"{source} is a whole model", "an adapter of this recipe's base, or 'base'",
+                                 "Name that folder as model.name_or_path to put adapters on it, or remove model.lora.")
         if is_adapter or fresh_adapter or (source is None and (self.config.lora or self.config.quantization != "none")):
             role = self._adapter_role(name, source if is_adapter else None, fresh_adapter, trainable, bool(head))
         elif source is None and not trainable and self.base is None and not self.roles:

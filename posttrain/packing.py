@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PASS_COST = 64  # tokens that a pass costs by itself: a smaller micro-batch must save more padding than that
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -85,21 +87,43 @@ def cost(t: Tree, layout: str) -> int:
 
 
 def token_budget(trees: list[Tree], budget: int, layout: str = "rows") -> list[list[int]]:
-    """Split indices into micro-batches of at most `budget` tokens, padding included. Longest first, so that the largest
-    pass comes first and memory trouble shows at once. A tree longer than the budget goes alone. Deterministic.
+    """Split indices into micro-batches of at most `budget` tokens, padding included. Longest first, so that memory trouble shows
+    early. A tree longer than the budget goes alone. Deterministic.
     """
     order = sorted(range(len(trees)), key=lambda i: (-cost(trees[i], layout), i))
-    out, current, used = [], [], 0
-    for i in order:
-        size = cost(trees[i], layout)
-        if layout == "rows" and current:
-            size = cost(trees[current[0]], layout)  # padded to the longest
-        if current and used + size > budget:
-            out.append(current)
-            current, used, size = [], 0, cost(trees[i], layout)
-        current.append(i)
+    sizes = [cost(trees[i], layout) for i in order]
+    cuts = _least_padding(sizes, budget) if layout == "rows" else _filled(sizes, budget)
+    return [order[a:b] for a, b in zip([0, *cuts], cuts, strict=False)]
+
+
+def _filled(sizes: list[int], budget: int) -> list[int]:
+    """Ends of groups, each filled up to the budget."""
+    cuts, used = [], 0
+    for i, size in enumerate(sizes):
+        if i and used + size > budget:
+            cuts.append(i)
+            used = 0
         used += size
-    return [*out, current] if current else out
+    return [*cuts, len(sizes)] if sizes else []
+
+
+def _least_padding(sizes: list[int], budget: int) -> list[int]:
+    """Ends of groups of falling sizes, each padded to its first, such that padding and PASS_COST per group are least."""
+    best, start = [0], [0]
+    for end in range(1, len(sizes) + 1):
+        options = [(best[end - 1] + sizes[end - 1] + PASS_COST, end - 1)]
+        for i in range(end - 2, -1, -1):
+            if (end - i) * sizes[i] > budget:
+                break
+            options.append((best[i] + (end - i) * sizes[i] + PASS_COST, i))
+        cost_here, first = min(options)
+        best.append(cost_here)
+        start.append(first)
+    cuts, end = [], len(sizes)
+    while end:
+        cuts.append(end)
+        end = start[end]
+    return cuts[::-1]
 
 
 def collate(trees: list[Tree], indices: list[int], layout: str = "rows", pad: int = 0) -> MicroBatch:

@@ -61,6 +61,11 @@ def mixed_rows(own: int, other: int, own_share: float) -> tuple[int, int]:
     return (own, wanted) if wanted <= other else (min(own, max(1, round(other * own_share / (1 - own_share)))), other)
 
 
+def fraction_rows(rows: int, fraction: float) -> int:
+    """Pairs that `fraction` leaves of one side of a mix (as reward.mix); never none of some."""
+    return min(rows, max(1, round(rows * fraction)))
+
+
 def packed_rows(rows: int, tokens: float, width: int) -> int:
     """Bins of `width` tokens that next-fit packing makes of rows of a mean length: each bin ends half a row short."""
     return max(1, math.ceil(rows * tokens / max(width - tokens / 2, tokens)))
@@ -252,10 +257,11 @@ class Planner:
 
     def reward(self, config) -> dict:
         own, other = self.train(config.own), self.train(config.other)
-        rows = mixed_rows(own.rows, other.rows, config.own_share)
+        rows = [fraction_rows(n, config.fraction) for n in mixed_rows(own.rows, other.rows, config.own_share)]
         both = [c._replace(rows=n) for c, n in zip((own, other), rows, strict=True) if n]
         row = self.training(config, "reward", total(both) if both else own, "pairs")
-        return row | {"note": f"{rows[0]:,} own and {rows[1]:,} other pairs ({config.own_share:.0%} own)"}
+        return row | {"note": f"{rows[0]:,} own and {rows[1]:,} other pairs ({config.own_share:.0%} own)"
+                      + (f", {config.fraction:.3g} of the mix" if config.fraction < 1 else "")}
 
     def rejection(self, config) -> dict:
         prompts, k = self.prompts(config), config.samples_per_prompt

@@ -5,6 +5,7 @@ the page's font, can be searched, and keeps a figure at a few kilobytes. matplot
 """
 
 import io
+import math
 import re
 import textwrap
 import warnings
@@ -126,9 +127,7 @@ def lines(key: str, series: list[Line], x: str, y: str, mark: tuple[float, str] 
             ax.annotate(mark[1], (mark[0], 0.03), xycoords=("data", "axes fraction"), xytext=(4 if right else -4, 0),
                         textcoords="offset points", ha="left" if right else "right", va="bottom", color=SOFT)
         if level:
-            ax.axhline(level[0], color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
-            ax.annotate(level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-                        ha="right", va="bottom", color=SOFT)
+            _level(ax, level)
         if whole:
             ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         if percent:
@@ -152,17 +151,55 @@ def by_category(key: str, categories: list[str], series: dict[str, list[Dot | No
             ax.plot(xs, ys, label=short(name, 30), zorder=3, **{**_look(i), "linewidth": 0.8})
             for x, d in found:
                 ax.vlines(x, _or(d.low, d.value), _or(d.high, d.value), color=STYLES[i % len(STYLES)][0], linewidth=1.2)
-        ax.axhline(level[0], color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
-        ax.annotate(level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-                    ha="right", va="bottom", color=SOFT)
-        bottom, top = ax.get_ylim()
-        ax.set_ylim(min(bottom, level[0] - 0.04 * (top - bottom)), top)
+        _level(ax, level)
         ax.set_xticks(range(len(categories)), [_two_lines(c) for c in categories])
         ax.set_xlim(-0.5, len(categories) - 0.5)
         ax.grid(axis="x", visible=False)
         _percent(ax.yaxis)
         ax.set_ylabel(y)
         _legend(ax)
+    return figure_svg(key, draw)
+
+
+def _level(ax, level: tuple[float, str]) -> None:
+    """A dotted horizontal line (y, words) that is always inside the axes."""
+    bottom, top = ax.get_ylim()
+    ax.axhline(level[0], color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
+    ax.annotate(level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+                ha="right", va="bottom", color=SOFT)
+    ax.set_ylim(min(bottom, level[0] - 0.04 * (top - bottom)), max(top, level[0]))
+
+
+def against(key: str, series: dict[str, list[tuple[float, Dot, list[float]]]], ticks: dict[float, str], x: str, y: str,
+            level: tuple[float, str]) -> str:
+    """Shares with intervals over an amount on a logarithmic axis. series: name -> [(amount, value, the values it is a mean of)]; ticks:
+    amount -> words."""
+    def draw(fig):
+        from matplotlib.ticker import FixedLocator, NullLocator
+
+        ax, ends = fig.subplots(), (min(ticks), max(ticks))
+        span = math.log(ends[1] / ends[0]) or 1.0
+        for i, (name, rows) in enumerate(series.items()):
+            shift = math.exp(span * 0.022 * (i - (len(series) - 1) / 2))  # so that bars stand side by side
+            xs, colour = [at * shift for at, _, _ in rows], STYLES[i % len(STYLES)][0]
+            ax.plot(xs, [d.value for _, d, _ in rows], label=short(name, 30), zorder=3, **{**_look(i), "linewidth": 1.1})
+            for at, (_, d, singles) in zip(xs, rows, strict=True):
+                ax.vlines(at, _or(d.low, d.value), _or(d.high, d.value), color=colour, linewidth=1.2)
+                ax.plot([at] * len(singles), singles, linestyle="", marker=".", markersize=3, color=INK, zorder=4)
+        ax.set_xscale("log")
+        ax.set_xlim(ends[0] * math.exp(-0.08 * span), ends[1] * math.exp(0.08 * span))
+        shown: list[float] = []
+        for at in sorted(ticks, reverse=True):  # from the largest, as many words as have room
+            if not shown or math.log(shown[-1] / at) > 0.11 * span:
+                shown.append(at)
+        ax.xaxis.set_major_locator(FixedLocator(shown))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticks(shown, [ticks[at] for at in shown])
+        _level(ax, level)
+        _percent(ax.yaxis)
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
+        _legend(ax, columns=2)
     return figure_svg(key, draw)
 
 
@@ -244,16 +281,18 @@ def calibration(key: str, curves: dict[str, list[tuple[float, float, float]]]) -
     return figure_svg(key, draw)
 
 
-def histogram(key: str, edges: list[float], chosen: list[float], rejected: list[float], x: str) -> str:
-    """Shares of chosen and rejected answers by score: a filled outline against a dashed, hatched one."""
+def histogram(key: str, edges: list[float], counts: dict[str, list[float]], x: str, marks: list[float] = ()) -> str:
+    """Shares of two kinds of answers by score: a filled outline against a dashed, hatched one. marks: dotted vertical lines."""
     def draw(fig):
         ax = fig.subplots()
-        for i, (label, counts) in enumerate({"chosen": chosen, "rejected": rejected}.items()):
+        for i, (label, found) in enumerate(counts.items()):
             colour, line, _, filled = STYLES[i]
-            heights = [c / sum(counts) for c in counts]
+            heights = [c / sum(found) for c in found]
             ax.stairs(heights, edges, fill=True, facecolor=(*_rgb(colour), 0.22) if filled else "none", edgecolor=(*_rgb(colour), 0.55),
                       hatch=None if filled else "////", linewidth=0)
-            ax.stairs(heights, edges, color=colour, linestyle=line, linewidth=1.5, label=label)
+            ax.stairs(heights, edges, color=colour, linestyle=line, linewidth=1.5, label=short(label, 30))
+        for at in marks:
+            ax.axvline(at, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
         _percent(ax.yaxis)
         ax.set_xlabel(x)
         ax.set_ylabel("share of answers")

@@ -16,7 +16,8 @@ from pathlib import Path
 from posttrain import config as cfg
 from posttrain.log import duration
 from posttrain.plots import UNSHOWN
-from posttrain.report_parts import FAULTS, PARTS, Part, keys_of, models_of, other_part, paired, some, table
+from posttrain.report_parts import FAULTS, PARTS, keys_of, models_of, other_part, paired
+from posttrain.report_pieces import Part, some, table
 from posttrain.report_views import (
     GAP,
     LONGEST,
@@ -38,6 +39,7 @@ from posttrain.report_views import (
     text_of,
     turns,
     views,
+    views_beside,
     word,
 )
 from posttrain.runs import Run, write_atomic
@@ -139,9 +141,9 @@ def headline(vs: list[View]) -> str:
         if rows:
             return pair_words(v, rows[0])
     for v in (v for v in last_first if v.kind == "ppo"):
-        gain, kl = interval(dig(v.results, "held_out", "paired_difference")), v.get("held_out", "kl")
+        gain, kl = interval(dig(v.results, "watched", "paired_difference")), v.get("watched", "kl")
         if gain:
-            return f"PPO changed the held-out merged reward by {fixed(gain.mean, sign=True)}{bounds(gain, sign=True)}" + (
+            return f"PPO changed the watched merged reward by {fixed(gain.mean, sign=True)}{bounds(gain, sign=True)}" + (
                 f", {fixed(kl, 1)}{GAP}nats from where it started" if kl is not None else "")
     for v in (v for v in last_first if v.kind == "sft"):
         before, after = v.get("held_out_loss_before"), v.get("held_out_loss_after")
@@ -203,12 +205,16 @@ def took(v: View, otherwise: str = "–") -> str:
     return duration(v.seconds).replace(" ", GAP) if v.seconds is not None else otherwise
 
 
-def parts(vs: list[View]) -> list[Part]:
-    """The page's parts in order; one whose numbers can't be shown says so instead of taking the page with it."""
+def parts(vs: list[View], beside: list[View] = ()) -> list[Part]:
+    """The page's parts in order; one whose numbers can't be shown says so instead of taking the page with it.
+
+    beside: reward sections of other runs, which join this run's in the curves over data and model size."""
     groups: dict[str, list[View]] = {}
     for v in vs:
         if v.state != "not run":
             groups.setdefault(part_of(v), []).append(v)
+    if "reward" in groups:
+        groups["reward"] += beside
     out = []
     for key, build in [*dict(PARTS.values()).items(), ("other", other_part)]:
         if key not in groups:
@@ -218,7 +224,7 @@ def parts(vs: list[View]) -> list[Part]:
         except FAULTS as e:
             part = Part(key, plain(groups[key][0].kind), notes=[f"These numbers can't be shown ({type(e).__name__}: {e})"])
         part.id = key
-        part.notes += [f"{v.name}: {note}" for v in groups[key] for note in v.notes]
+        part.notes += [f"{v.name}: {note}" for v in groups[key] for note in v.notes if not v.elsewhere]
         part.notes += [f"{v.name} is unfinished; this is what it has so far" for v in groups[key] if v.state == "unfinished"]
         if not (part.figures or part.facts or part.tables or part.folds or part.notes):
             part.notes = ["Nothing was recorded"]
@@ -268,8 +274,8 @@ def breakable(name: str):
     return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
 
 
-def render(run: Run) -> str:
-    """The page as text."""
+def render(run: Run, beside: list[Run] = ()) -> str:
+    """The page as text. beside: runs whose reward models stand beside this run's, such as those of bases of other sizes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
@@ -283,16 +289,16 @@ def render(run: Run) -> str:
     flow = boxes(run, vs)
     page = env.get_template("report.html.j2").render(
         title=run.recipe.run.name, verdict=verdict(vs), summary=summary(run, vs), stand_in=base_of(run, vs) == STAND_IN, checks=checks(vs),
-        boxes=flow, columns=-(-len(flow) // -(-len(flow) // 6)), parts=parts(vs), answers=found, trouble=trouble, provenance=provenance(vs),
-        recipe=run.recipe.path)
+        boxes=flow, columns=-(-len(flow) // -(-len(flow) // 6)), parts=parts(vs, [v for other in beside for v in views_beside(other, "reward")]),
+        answers=found, trouble=trouble, provenance=provenance(vs), recipe=run.recipe.path)
     return UNSHOWN.sub("\ufffd", page).strip() + "\n"
 
 
-def write(run: Run) -> Path:
-    """Make runs/<run>/report.html and return its path. Raises OSError where the folder can't be written."""
+def write(run: Run, beside: list[Run] = ()) -> Path:
+    """Make runs/<run>/report.html and return its path. Raises OSError where the folder can't be written. beside: see `render`."""
     path = run.folder / "report.html"
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, render(run))
+    write_atomic(path, render(run, beside))
     return path
 
 

@@ -5,15 +5,14 @@ shown by the numbers it stored. Every takeaway is computed from the numbers of i
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 
 from posttrain import plots
 from posttrain.plots import Dot, Line
+from posttrain.report_pieces import Figure, Fold, Part, Table, at, average, ci, dot, drawn, everything, facts, named, said, some, table
+from posttrain.report_reward import reward_part
 from posttrain.report_views import (
     GAP,
-    Interval,
     View,
     bounds,
     cell,
@@ -27,16 +26,13 @@ from posttrain.report_views import (
     number,
     percent,
     plain,
-    plural,
     rows_of,
-    sentence,
     table_of,
     text_of,
     turns,
     word,
 )
 
-RATINGS = ("negligibly_better", "slightly_better", "better", "significantly_better")  # the least clear first
 MEASURES = ("merged", "helpfulness", "safety", "unsafe_share", "tokens")
 FAULTS = (TypeError, KeyError, ValueError, IndexError, AttributeError, ZeroDivisionError, OverflowError)  # of damaged numbers
 
@@ -88,9 +84,9 @@ def rejection_keys(v: View) -> list[Key]:
 
 
 def ppo_keys(v: View) -> list[Key]:
-    gain, kl = interval(dig(v.results, "held_out", "paired_difference")), v.get("held_out", "kl")
+    gain, kl = interval(dig(v.results, "watched", "paired_difference")), v.get("watched", "kl")
     ends = f"{fixed(gain.low, sign=True)} to {fixed(gain.high, sign=True)}" if gain and gain.bounded else ""
-    keys = _key(gain, "held-out merged reward", fixed(gain and gain.mean, sign=True), ends)
+    keys = _key(gain, "watched merged reward", fixed(gain and gain.mean, sign=True), ends)
     return keys + _key(kl, "KL", f"{fixed(kl, 1)}{GAP}nats") + _key(v.get("iterations"), "iterations", loose(v.get("iterations")))
 
 
@@ -121,120 +117,6 @@ def keys_of(v: View) -> list[Key]:
     if not keys and v.last_step is not None:
         keys = [Key("last step", f"{v.last_step:,}")]
     return keys
-
-
-
-# ---------------------------------------------------------------- pieces of the page
-
-@dataclass
-class Figure:
-    title: str
-    takeaway: str
-    svg: str
-    alt: str
-    note: str = ""
-    wide: bool = False
-
-
-@dataclass
-class Table:
-    caption: str
-    head: list[str]
-    rows: list[list]
-    note: str = ""
-
-
-@dataclass
-class Fold:
-    """Something shown closed."""
-
-    summary: str
-    figures: list[Figure] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-
-
-@dataclass
-class Part:
-    """One heading of the page. facts: narrow tables that stand among the figures; tables: wide ones below them."""
-
-    id: str
-    title: str
-    intro: str = ""
-    figures: list[Figure] = field(default_factory=list)
-    facts: list[Table] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    folds: list[Fold] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def drawn(title: str, takeaway: str, what: str, svg: str, note: str = "") -> list[Figure]:
-    """A figure whose words for the blind are what it shows, then what it says."""
-    takeaway = sentence(takeaway)
-    return [Figure(title, takeaway, svg, f"{sentence(what)} {takeaway}", note)]
-
-
-def named(vs: list[View], v: View, text: str) -> str:
-    """A title, with the section's name where several sections share a part."""
-    return f"{text} ({v.name})" if len(vs) > 1 else text
-
-
-def table(caption: str, first: str, names: list[str], columns: list[tuple[str, list]], note: str = "") -> list[Table]:
-    """A table with a row a name; a column without any value is left out, and the table with it when none is left."""
-    columns = [(head, cells) for head, cells in columns if any(c not in ("–", None) for c in cells)]
-    rows = [[name, *(cells[i] for _, cells in columns)] for i, name in enumerate(names)]
-    return [Table(caption, [first, *(head for head, _ in columns)], rows, note)] if columns else []
-
-
-def facts(caption: str, vs: list[View], names: list[str], rows: list[tuple[str, Callable]], note: str = "") -> list[Table]:
-    """A table with a column a section and a row a measure; a row without any value is left out."""
-    filled = [[label, *(read(v) for v in vs)] for label, read in rows]
-    filled = [row for row in filled if any(c != "–" for c in row[1:])]
-    return [Table(caption, ["", *names], filled, note)] if filled else []
-
-
-def at(*keys: str, form: Callable = loose, **kw) -> Callable:
-    """A row of `facts`: a number of results.json."""
-    return lambda v: form(v.get(*keys), **kw)
-
-
-def ci(*keys: str, form: Callable = fixed, **kw) -> Callable:
-    """A row of `facts`: a value of results.json with its interval."""
-    return lambda v: cell(interval(dig(v.results, *keys)), form, **kw)
-
-
-def average(key: str, digits: int = 0) -> Callable:
-    """A row of `facts`: a metric's mean over all steps."""
-    return lambda v: fixed(v.mean(key), digits)
-
-
-def said(*keys: str) -> Callable:
-    """A row of `facts`: a word, a switch or a list of results.json."""
-    def read(v: View) -> str:
-        value = dig(v.results, *keys)
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        if isinstance(value, str):
-            return plots.short(value, 200)
-        return ", ".join(text_of(x) for x in value) or "–" if isinstance(value, list) else loose(value)
-    return read
-
-
-def everything(vs: list[View]) -> list[Fold]:
-    """A closed panel a section, with a small curve of every metric it recorded."""
-    out = []
-    for v in vs:
-        keys = list(dict.fromkeys(k for r in v.metrics for k in r if k not in ("step", "time")))
-        series = [s for k in keys[:40] if (s := v.line(k, k.partition("/")[2] or k, points=120)) and len(s.xs) > 1]
-        if series:
-            alt = f"Small curves of {listed([s.label for s in series])}."
-            figure = Figure("", "", plots.grid(f"all-{v.name}", series, "step"), alt, wide=True)
-            out.append(Fold(f"Everything {v.name} recorded ({plural(len(series), 'metric')})", [figure]))
-    return out
-
-
-def some(*found):
-    """The values that are there."""
-    return [x for x in found if x is not None]
 
 
 # ---------------------------------------------------------------- supervised fine-tuning
@@ -293,190 +175,6 @@ def sft_words(v: View, held: Line | None, before: float | None, after: float | N
         return moved("Training loss", *ends[:2], unit="nats per token") + "; no held-out loss was recorded"
     last = (held.ys if held else v.series("sft/loss")[1])[-1]
     return f"One loss was recorded: {fixed(last)} nats per token"
-
-
-# ---------------------------------------------------------------- reward models
-
-def reward_names(vs: list[View]) -> list[str]:
-    """What to call each model: what it judges, or the section's name where that would be ambiguous."""
-    kinds = [v.results.get("which") for v in vs]
-    return [k if isinstance(k, str) and k and kinds.count(k) == 1 else v.name for v, k in zip(vs, kinds, strict=True)]
-
-
-def own_of(v: View):
-    """Measurements on the model's own held-out pairs."""
-    return dig(v.results, "held_out", "own")
-
-
-def reward_part(vs: list[View]) -> Part:
-    part = Part("reward", "Reward models", "Accuracy is the share of held-out pairs in which the chosen answer scores higher. "
-                "Length-balanced accuracy is the mean of the accuracy where the chosen answer is the longer one and where it is not, "
-                "so that preferring length earns nothing.")
-    names = reward_names(vs)
-    part.figures = rating_figure(vs, names) + domain_figure(vs, names) + calibration_figure(vs, names) + reward_curves(vs, names)
-    for v, name in zip(vs, names, strict=True):
-        part.figures += histogram_figure(v, name)
-    part.facts = reward_facts(vs, names)
-    tables = [t for v, name in zip(vs, names, strict=True) for t in breakdown_tables(v, name)]
-    part.folds = [Fold("Accuracy by source and by safety bin, and what each model was trained on", tables=tables)] if tables else []
-    part.folds += everything(vs)
-    return part
-
-
-def dot(value: Interval | None, label: str = "", **kw) -> Dot | None:
-    return Dot(label, value.mean, value.low, value.high, **kw) if value else None
-
-
-def rating_figure(vs: list[View], names: list[str]) -> list[Figure]:
-    tables = {}
-    for v, name in zip(vs, names, strict=True):
-        rows = {word(r.get("rating")): interval(r.get("accuracy")) for r in rows_of(dig(own_of(v), "by_rating"))}
-        rows = {rating: value for rating, value in rows.items() if value}
-        if rows:
-            tables[name] = rows
-    found = list(dict.fromkeys(r for t in tables.values() for r in t))
-    ratings = [r for r in RATINGS if r in found] + [r for r in found if r not in RATINGS]
-    if not ratings:
-        return []
-    dots = {name: [dot(t.get(r)) for r in ratings] for name, t in tables.items()}
-    svg = plots.by_category("rating", [plain(r) for r in ratings], dots, "pairs ordered rightly", (0.5, "chance"))
-    return drawn("Accuracy by how clear the preference is", rating_words(tables, ratings),
-                 "Accuracy of each reward model at each rating", svg,
-                 "Bars are 95 % intervals, by prompt. The paper's Table 8 has the same columns.")
-
-
-def rating_words(tables: dict[str, dict[str, Interval]], ratings: list[str]) -> str:
-    """Whether accuracy goes up from the least clear rating to the clearest, model by model."""
-    first, last = ratings[0], ratings[-1]
-    ends = {name: (t[first].mean, t[last].mean) for name, t in tables.items() if first in t and last in t}
-    if first == last or not ends:
-        found = [f"{name} {percent(i.mean)} on “{plain(r)}”" for name, t in tables.items() for r, i in list(t.items())[-1:]]
-        return f"Too few ratings to compare: {listed(found)}"
-    ups = [name for name, (a, b) in ends.items() if round(100 * a) < round(100 * b)]
-    how = "rises" if len(ups) == len(ends) else "does not rise" if not ups else f"rises for {listed(ups)} alone,"
-    values = listed([f"{name} {percent(a)} to {percent(b)}" for name, (a, b) in ends.items()])
-    return f"Accuracy {how} from “{plain(first)}” to “{plain(last)}” pairs: {values}"
-
-
-def domain_figure(vs: list[View], names: list[str]) -> list[Figure]:
-    rows = []
-    for i, (v, name) in enumerate(zip(vs, names, strict=True)):
-        own, other, look_ = own_of(v), dig(v.results, "held_out", "other"), {"style": i, "group": f"{name} model"}
-        rule = interval(number(dig(own, "longer_wins")))
-        rows += some(dot(interval(dig(own, "accuracy")), "its own pairs", **look_),
-                     dot(interval(dig(own, "length_balanced_accuracy")), "own, length-balanced", **look_),
-                     dot(rule, "rule: longer wins", **look_, cross=True),
-                     dot(interval(dig(other, "accuracy")), "the other's pairs", **look_))
-    words = some(*(balanced_words(name, own_of(v)) for v, name in zip(vs, names, strict=True)))
-    if not rows:
-        return []
-    takeaway = f"Balanced for length, pairs are ordered rightly in {listed(words)}" if words else "No length-balanced accuracy was measured"
-    svg = plots.dots("domains", rows, "pairs ordered rightly", (0.5, "chance"))
-    return drawn("Own domain, the other's, and the rule “longer answer wins”", takeaway,
-                 "Accuracy on own pairs, length-balanced, of the longer-answer rule, and on the other model's pairs", svg,
-                 "The rule, marked ×, is taken on the model's own pairs; balanced for length it gets 50 %. The paper's Table 7 compares "
-                 "domains.")
-
-
-def balanced_words(name: str, own) -> str | None:
-    value = interval(dig(own, "length_balanced_accuracy"))
-    if not value:
-        return None
-    side = "above chance" if value.mean > 0.5 else "below chance"
-    sure = f", {side if value.excludes(0.5) else 'not told from chance'}" if value.bounded else ""
-    return f"{percent(value.mean)} ({name}{sure})"
-
-
-def calibration_figure(vs: list[View], names: list[str]) -> list[Figure]:
-    curves, words = {}, []
-    for v, name in zip(vs, names, strict=True):
-        rows = [tuple(number(r.get(k)) for k in ("confidence", "accuracy", "pairs")) for r in rows_of(dig(own_of(v), "calibration"))]
-        rows = sorted((c, a, 1.0 if n is None else n) for c, a, n in rows if c is not None and a is not None and (n is None or n > 0))
-        if rows:
-            curves[name] = rows
-            words.append(f"{name} is {confidence_words(rows, number(dig(own_of(v), 'ece')))}")
-    if not curves:
-        return []
-    return drawn("Calibration, with the expected calibration error", listed(words),
-                 "Accuracy against the model's confidence in a pair's order, with the diagonal",
-                 plots.calibration("calibration", curves),
-                 "Below the diagonal a model is surer than it is right. A marker's area follows the number of pairs.")
-
-
-def confidence_words(rows: list[tuple[float, float, float]], ece: float | None) -> str:
-    gap = sum(n * (c - a) for c, a, n in rows) / sum(n for _, _, n in rows)
-    lean = "over-confident" if gap > 0.02 else "under-confident" if gap < -0.02 else "about as sure as it is right"
-    return lean + (f" (calibration error {percent(ece, 1)})" if ece is not None else "")
-
-
-def histogram_figure(v: View, name: str) -> list[Figure]:
-    shape = dig(own_of(v), "histogram")
-    lists = [dig(shape, k) for k in ("edges", "chosen", "rejected")]
-    edges, chosen, rejected = ([number(x) for x in found] if isinstance(found, list) else [] for found in lists)
-    whole = len(edges) > 1 and len(chosen) == len(rejected) == len(edges) - 1 and None not in edges + chosen + rejected
-    if not whole or sum(chosen) <= 0 or sum(rejected) <= 0:
-        return []
-    scale = "σ(score)" if edges[0] >= 0 and edges[-1] <= 1 else "raw score"
-    middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    shares = [(c / sum(chosen), r / sum(rejected)) for c, r in zip(chosen, rejected, strict=True)]
-    gap = sum(m * (c - r) for m, (c, r) in zip(middles, shares, strict=True))
-    takeaway = (f"The mean {scale} of chosen answers is about {fixed(abs(gap))} {'above' if gap >= 0 else 'below'} that of rejected ones; "
-                f"the two distributions overlap by {percent(sum(map(min, shares)))}")
-    return drawn(f"Scores of the {name} model", takeaway, "Histograms of the scores of chosen and of rejected answers",
-                 plots.histogram(f"hist-{v.name}", edges, chosen, rejected, f"{scale} of the {name} model"))
-
-
-def reward_curves(vs: list[View], names: list[str]) -> list[Figure]:
-    series = some(*(v.line("reward/loss", name, i, points=25) for i, (v, name) in enumerate(zip(vs, names, strict=True))))
-    words = [moved(f"the {name} model's loss", *ends[:2]) for v, name in zip(vs, names, strict=True) if (ends := v.ends("reward/loss"))]
-    if not series or not words:
-        return []
-    return drawn("Training loss", listed(words), "Training loss of each reward model over steps",
-                 plots.lines("reward-loss", series, "optimizer step", "loss (nats)"),
-                 "From the mean of the first tenth of the steps to that of the last; points average neighbouring steps. Without a margin "
-                 "and a safety loss, a model that can't tell the answers apart has 0.69.")
-
-
-def reward_facts(vs: list[View], names: list[str]) -> list[Table]:
-    own, cut = ("held_out", "own"), ("held_out", "own", "at_0.15")
-    return facts("Reward models in numbers", vs, names, [
-        ("training pairs", at("train_pairs")), ("left out, too long", at("too_long")), ("held out, too long", at("held_out_too_long")),
-        ("left out, unsafe answer preferred", at("unsafe_preferred")), ("margin", said("margin")),
-        ("weight of the safety loss", at("safety_loss_weight")), ("optimizer steps", at("steps")),
-        ("score, mean", at("score_mean", form=fixed)), ("score, deviation", at("score_std", form=fixed))]) + facts(
-        "On its own held-out pairs", vs, names, [
-            ("pairs", at(*own, "pairs")), ("prompts", at(*own, "prompts")), ("accuracy", ci(*own, "accuracy", form=percent)),
-            ("length-balanced accuracy", ci(*own, "length_balanced_accuracy", form=percent)),
-            ("rule “longer answer wins”", at(*own, "longer_wins", form=percent)), ("unsafe recall at 0.5", unsafe_recall),
-            ("precision at 0.15", at(*cut, "precision", form=percent)), ("recall at 0.15", at(*cut, "recall", form=percent)),
-            ("flagged at 0.15", at(*cut, "flagged", form=flagged)),
-            ("threshold for precision 0.9", at("threshold_precision_90", form=fixed))],
-        "A threshold flags an answer as unsafe where σ(safety score) is below it; 0.15 is the paper's gate.")
-
-
-def unsafe_recall(v: View):
-    value = interval(dig(own_of(v), "unsafe_recall_interval")) or interval(dig(own_of(v), "unsafe_recall"))
-    return cell(value, percent)
-
-
-def flagged(x: float | None) -> str:
-    """A share, or a count, whichever was stored."""
-    return percent(x, 1) if x is not None and 0 < x < 1 else loose(x)
-
-
-def breakdown_tables(v: View, name: str) -> list[Table]:
-    out = []
-    for side, title in (("own", "its own held-out pairs"), ("other", "the other model's held-out pairs")):
-        for key, first in (("by_source", "source"), ("by_bin", "safety bin")):
-            groups = table_of(dig(v.results, "held_out", side, key))
-            out += table(f"The {name} model by {first}, {title}", first, [plain(k) for k in groups], [
-                ("pairs", [loose(g.get("pairs")) for g in groups.values()]),
-                ("accuracy", [cell(interval(g.get("accuracy")), percent) for g in groups.values()])])
-    mix = dig(v.results, "composition")
-    sources = dig(mix, "by_source")
-    parts = {"own pairs": dig(mix, "own"), "other pairs": dig(mix, "other"), **(sources if isinstance(sources, dict) else {})}
-    pairs = [("pairs", [loose(x) for x in parts.values()])]
-    return out + table(f"What the {name} model was trained on", "part", [plain(k) for k in parts], pairs)
 
 
 # ---------------------------------------------------------------- rejection sampling
@@ -541,9 +239,9 @@ def ppo_part(vs: list[View]) -> Part:
             part.figures += build(vs, v)
     part.facts = facts("PPO in numbers", vs, [v.name for v in vs], [
         ("iterations", at("iterations")), ("kept iteration", at("best_iteration")), ("stopped early", said("stopped_early")),
-        ("held-out merged reward, start", ci("held_out", "start")), ("held-out merged reward, kept", ci("held_out", "best")),
-        ("paired difference", ci("held_out", "paired_difference", sign=True)),
-        ("KL, kept (nats)", at("held_out", "kl", form=fixed, digits=1)),
+        ("watched merged reward, start", ci("watched", "start")), ("watched merged reward, kept", ci("watched", "best")),
+        ("paired difference", ci("watched", "paired_difference", sign=True)),
+        ("KL, kept (nats)", at("watched", "kl", form=fixed, digits=1)),
         ("safety threshold", said("safety_threshold")), ("seconds generating", average("ppo/seconds_generate", 1)),
         ("seconds scoring", average("ppo/seconds_score", 1)), ("seconds updating", average("ppo/seconds_update", 1)),
         ("tokens a second", average("ppo/tokens_per_second"))], "Seconds and tokens a second are means over iterations.")
@@ -558,16 +256,16 @@ def kept_mark(v: View) -> tuple[float, str] | None:
 
 def ppo_reward_figure(vs: list[View], v: View) -> list[Figure]:
     train = v.line("ppo/merged_reward", "training prompts", 0, quiet=True)
-    held = v.line("ppo/held_out_merged_reward", "held-out prompts", 1)
+    held = v.line("ppo/watched_merged_reward", "watched prompts", 1)
     if not train and not held:
         return []
-    gain, start, best = (interval(dig(v.results, "held_out", k)) for k in ("paired_difference", "start", "best"))
-    ends = v.ends("ppo/held_out_merged_reward" if held else "ppo/merged_reward")
+    gain, start, best = (interval(dig(v.results, "watched", k)) for k in ("paired_difference", "start", "best"))
+    ends = v.ends("ppo/watched_merged_reward" if held else "ppo/merged_reward")
     if gain:
         where = f" went from {fixed(start.mean)} to {fixed(best.mean)}" if start and best else ""
-        takeaway = f"Held-out merged reward{where}: {fixed(gain.mean, sign=True)} paired by prompt{bounds(gain, sign=True)}"
+        takeaway = f"Watched merged reward{where}: {fixed(gain.mean, sign=True)} paired by prompt{bounds(gain, sign=True)}"
     elif ends:
-        takeaway = moved(f"Merged reward on {'held-out' if held else 'training'} prompts", *ends[:2])
+        takeaway = moved(f"Merged reward on {'watched' if held else 'training'} prompts", *ends[:2])
     else:
         takeaway = f"One point was recorded: a merged reward of {fixed((held or train).ys[-1])}"
     svg = plots.lines(f"ppo-reward-{v.name}", some(train, held), "iteration", "merged reward (raw score)", mark=kept_mark(v))
@@ -576,8 +274,8 @@ def ppo_reward_figure(vs: list[View], v: View) -> list[Figure]:
 
 
 def ppo_kl_figure(vs: list[View], v: View) -> list[Figure]:
-    train, held = v.line("ppo/kl", "training prompts", 0, quiet=True), v.line("ppo/held_out_kl", "held-out prompts", 1)
-    shown, final = held or train, v.get("held_out", "kl")
+    train, held = v.line("ppo/kl", "training prompts", 0, quiet=True), v.line("ppo/watched_kl", "watched prompts", 1)
+    shown, final = held or train, v.get("watched", "kl")
     if not shown:
         return []
     takeaway = (f"The kept policy is {fixed(final, 1)}{GAP}nats from where PPO started" if final is not None else

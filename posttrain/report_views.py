@@ -159,7 +159,7 @@ def turns(prompt) -> list[dict]:
 
 # ---------------------------------------------------------------- what is on disk
 
-@dataclass
+@dataclass(eq=False)
 class View:
     """One section as its folder shows it."""
 
@@ -171,6 +171,8 @@ class View:
     results: dict = field(default_factory=dict)
     metrics: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    run: list["View"] = field(default_factory=list, repr=False)  # every section of its run, parents first
+    elsewhere: bool = False  # of another run, shown beside this one
 
     @property
     def seconds(self) -> float | None:
@@ -265,4 +267,15 @@ def views(run: Run) -> list[View]:
             view = look(folder, folder.name, "unknown")
             view.notes.append("the recipe no longer has this section")
             out.append(view)
+    for view in out:
+        view.run = out
+    return out
+
+
+def views_beside(run: Run, kind: str) -> list[View]:
+    """The sections of one kind of another run, named with it."""
+    out = [v for v in views(run) if v.kind == kind and v.results]
+    for view in out:
+        view.name, view.elsewhere = f"{run.recipe.run.name}/{view.name}", True
+        view.manifest.setdefault("section", view.name.rpartition("/")[2])
     return out

@@ -203,6 +203,13 @@ class Section:
         self.manifest["seconds"] = round(self.manifest.get("seconds", 0) + time.time() - self.run.clock, 1)
         self.save_manifest()
         write_atomic(self.folder / "DONE", self.fingerprint + "\n")
+        self.drop_leftovers()
+
+    def drop_leftovers(self) -> None:
+        """A finished section's checkpoints and half-written folders: its output holds what is needed."""
+        for pattern in ("checkpoint-*", "best-*", "*.tmp"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 class Run:
@@ -363,6 +370,7 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
                                          f"Run it first: `python -m posttrain run {run.recipe.path}`.")
             state = section.state()
             if state == "done":
+                section.drop_leftovers()  # of a run that was killed right after its last write
                 say(f"{title}: done already, skipped", style="dim")
                 continue
             if state == "changed":
@@ -415,6 +423,12 @@ def preflight(run: Run, names: list[str] | None = None) -> None:
         raise PosttrainError(f"{recipe.path}: model.quantization", f"'{recipe.model.quantization}' without model.lora", "adapters on a quantized base",
                              "Add model.lora: {r: 16, alpha: 32}, or set quantization: none.")
     for name in names or recipe.stages:
+        for field_name, value in cfg.fields_referring_to(recipe.stages[name], "data").items():
+            for ref in (r for r in value if r.startswith("@")):
+                made = STAGES[recipe.stages[ref[1:]].stage].makes
+                if made != "data":
+                    raise PosttrainError(f"{recipe.path}: stages.{name}.{field_name}", f"'{ref}' makes a {made}", "a section that makes data",
+                                         "Name a rejection section or a data set.")
         for field_name, value in cfg.fields_referring_to(recipe.stages[name], "model").items():
             wanted, do = ("report", "Name an evaluate section.") if field_name == "evaluation" else ("model", "Name an sft, reward or ppo section.")
             for ref in value.values() if isinstance(value, dict) else [value]:

@@ -123,6 +123,13 @@ def _only(items: list):
 class StepTrainer:
     """Mixin before a transformers Trainer class. The subclass gives `micro_loss` and `totals`; `bind` must be called once."""
 
+    def __init__(self, model, *args, **kwargs):
+        """trl's trainers round what is trained over a quantized base to bfloat16, where updates of 1e-5 vanish: keep it as it was."""
+        kept = [(p, p.data) for p in model.parameters() if p.requires_grad]
+        super().__init__(model, *args, **kwargs)
+        for p, data in kept:
+            p.data = data
+
     def bind(self, section: Section, roles: Roles, role: Role, trees: list[Tree], batches: list[list[int]], budget: int) -> None:
         self.section, self.roles, self.role = section, roles, role
         self.trees, self.batches, self.budget = trees, batches, budget
@@ -273,9 +280,3 @@ def fit(trainer, section: Section, stage: str, evaluate, eval_every: int) -> Non
         else:  # cut off between the last step and the end of the section
             restore(trainer.roles, trainer.role, checkpoint)
     trainer.roles.save(trainer.role.name, section.folder / "model")
-
-
-def clean(section: Section) -> None:
-    """Drop a finished section's checkpoints: its output holds what is needed."""
-    for path in section.folder.glob("checkpoint-*"):
-        shutil.rmtree(path)

@@ -1,13 +1,15 @@
 """The two mixes (paper section 3.2.2): helpfulness own : other = 50 : 50, safety 90 : 10, by rows, the larger side sub-sampled."""
 
+import hashlib
 import random
 
-from posttrain.data import content
+from posttrain.data import content, prompt_key
 from posttrain.formats import Pair
+from posttrain.plan import fraction_rows
 
 
-def mix(own: list[Pair], other: list[Pair], own_share: float, seed: int) -> tuple[list[Pair], dict]:
-    """One pass's rows and their composition. A row present on both sides counts as own."""
+def mix(own: list[Pair], other: list[Pair], own_share: float, seed: int, fraction: float = 1.0) -> tuple[list[Pair], dict]:
+    """One pass's rows and their composition. A row present on both sides counts as own. fraction: of each side of the mix, see `part`."""
     rng, mine = random.Random(seed), {content(p) for p in own}
     other = [p for p in other if content(p) not in mine]
     if not other or own_share >= 1:
@@ -19,10 +21,22 @@ def mix(own: list[Pair], other: list[Pair], own_share: float, seed: int) -> tupl
             wanted_other, wanted_own = len(other), min(len(own), max(1, round(len(other) * own_share / (1 - own_share))))
         chosen_own = _sample(own, wanted_own, rng)
         chosen_other = _sample(other, wanted_other, rng)
+    chosen_own, chosen_other = part(chosen_own, fraction, seed), part(chosen_other, fraction, seed)
     by_source: dict[str, int] = {}
     for pair in [*chosen_own, *chosen_other]:
         by_source[pair.source] = by_source.get(pair.source, 0) + 1
     return [*chosen_own, *chosen_other], {"own": len(chosen_own), "other": len(chosen_other), "by_source": by_source}
+
+
+def part(pairs: list[Pair], fraction: float, seed: int) -> list[Pair]:
+    """A fraction of the pairs, kept in order: those of the first prompts, in an order of prompts that the seed fixes.
+
+    So the pairs of 0.25 contain those of 0.125, and at most one prompt has some of its pairs in and some out."""
+    if fraction >= 1:
+        return pairs
+    place = [hashlib.sha256(f"{seed}:{prompt_key(p)}".encode()).digest() for p in pairs]
+    first = sorted(range(len(pairs)), key=place.__getitem__)[:fraction_rows(len(pairs), fraction)]
+    return [pairs[i] for i in sorted(first)]
 
 
 def without_unsafe_preferred(pairs: list[Pair]) -> tuple[list[Pair], int]:

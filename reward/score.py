@@ -6,19 +6,22 @@ import torch
 
 from posttrain import chat
 from posttrain.errors import PosttrainError
+from posttrain.log import Ticker
 from posttrain.models import Roles, source_of
 from posttrain.packing import Tree, collate, token_budget, tree
 from posttrain.runs import Section, read_json
 
 
-def scores(roles: Roles, role: str, trees: list[Tree], budget: int) -> list[list[float]]:
-    """Raw score (the logit) of every answer of every tree, under one reward role."""
+def scores(roles: Roles, role: str, trees: list[Tree], budget: int, ticker: Ticker | None = None) -> list[list[float]]:
+    """Raw score (the logit) of every answer of every tree, under one reward role. ticker: counts answers."""
     out: list[list[float]] = [[] for _ in trees]
     with torch.inference_mode():
         for group in token_budget(trees, budget, roles.layout):
             batch = collate(trees, group, roles.layout, roles.tokenizer.pad_token_id).to(roles.device)
             for item, value in zip(batch.items, roles.scalars(role, batch).tolist(), strict=True):
                 out[item].append(value)
+            if ticker:
+                ticker.advance(len(batch.items))
     return out
 
 

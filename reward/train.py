@@ -7,14 +7,15 @@ from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from posttrain import chat
-from posttrain.data import naming
+from posttrain.data import naming, prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.models import Roles, roles_for, source_of
 from posttrain.packing import Tree, tree
 from posttrain.plan import batch_and_steps
 from posttrain.runs import Section
-from posttrain.training import StepTrainer, choose_budget, clean, fit, plan_batches, training_arguments
+from posttrain.shape import shape_of
+from posttrain.training import StepTrainer, choose_budget, fit, plan_batches, training_arguments
 from reward import losses
 from reward.evaluate import evaluate
 from reward.mix import mix, without_unsafe_preferred
@@ -87,13 +88,14 @@ def judge(roles: Roles, role: str, trees: list[Tree], pairs: list[Pair], budget:
 
 def run(section: Section) -> None:
     config, weight = section.config, section.config.safety_loss_weight
+    seed = section.seed if config.seed is None else config.seed
     own, own_held = gather(section, config.own, "own")
     other, other_held = gather(section, config.other, "other")
     unsafe_preferred = 0
     if weight:  # the ranking loss would ask for one order, the safety loss for the other
         (own, n), (other, m) = map(without_unsafe_preferred, (own, other))
         unsafe_preferred = n + m
-    pairs, composition = mix(own, other, config.own_share, section.seed)
+    pairs, composition = mix(own, other, config.own_share, seed, config.fraction)
     roles = roles_for(section)
     trees, kept, too_long = encode(pairs, roles.tokenizer, config.max_length)
     if too_long and config.on_too_long == "error":
@@ -105,22 +107,26 @@ def run(section: Section) -> None:
     if not pairs:
         raise PosttrainError(f"{section.place}.own", "no pair is left to train on", "at least one", "Check the data and max_length.")
     held, held_too_long = {}, 0
-    for name, rows in (("own", own_held), ("other", other_held)):
+    drift, drift_known = drift_pairs(section, pairs)
+    for name, rows in (("own", own_held), ("other", other_held), *([("drift", drift)] if config.drift else [])):
         held_trees, held_kept, long = encode(rows, roles.tokenizer, config.max_length)
         held[name] = (held_trees, [rows[i] for i in held_kept])
         held_too_long += len(long)
 
     full = section.recipe.model.lora is None
-    torch.manual_seed(section.seed)
+    torch.manual_seed(seed)
     source = source_of(section, config.model)
-    is_adapter = source is not None and (source / "adapter_config.json").exists()
-    role = roles.add("reward", source, trainable=True, head="new", seed=section.seed, fresh_adapter=not full and not is_adapter)
+    role = roles.add("reward", source, trainable=True, head="new", seed=seed)
     role.net.config.num_labels = 1
     budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, role))
     batch, steps = batch_and_steps(len(pairs), PAPER_BATCH, config.batch_size, config.epochs, config.max_steps)
     section.log.say(f"{len(pairs)} pairs: {composition['own']} own, {composition['other']} other; margin {config.margin}"
-                    f"{f', safety loss x {weight:g}' if weight else ''}; {len(too_long)} too long; {steps} steps of {batch}; "
-                    f"held out: {len(held['own'][1])} own, {len(held['other'][1])} other")
+                    f"{f', safety loss x {weight:g}' if weight else ''}{f', {config.fraction:g} of the mix' if config.fraction < 1 else ''}; "
+                    f"{len(too_long)} too long; {steps} steps of {batch}; "
+                    f"held out: {len(held['own'][1])} own, {len(held['other'][1])} other"
+                    f"{f', {len(drift)} of the newest policy' if config.drift else ''}")
+    if drift_known:
+        section.log.say(f"{drift_known} pair{'s' * (drift_known != 1)} of drift left out: training has their prompts")
     if unsafe_preferred:
         section.log.say(f"{unsafe_preferred} pair{'s' * (unsafe_preferred != 1)} that prefer an unsafe answer to a safe one left out of training (paper 3.2.1)")
     if held_too_long:
@@ -128,9 +134,10 @@ def run(section: Section) -> None:
 
     data = Dataset.from_dict({"chosen_ids": [t.ids[:t.ends[0]] for t in trees[:1]], "rejected_ids": [t.ids[:t.prompt] + t.ids[t.ends[0]:] for t in trees[:1]]})
     rate = ADAPTER_RATE if not full else PAPER_RATE_70B if sum(p.numel() for p in role.net.parameters()) > 5e10 else PAPER_RATE
-    args = RewardConfig(**training_arguments(config, section, roles, role, steps, rate), disable_dropout=False)  # model.lora.dropout decides
+    args = RewardConfig(**training_arguments(config, section, roles, role, steps, rate) | {"seed": seed, "data_seed": seed},
+                        disable_dropout=False)  # model.lora.dropout decides
     trainer = _Trainer(model=role.net, args=args, train_dataset=data, processing_class=roles.tokenizer)
-    trainer.bind(section, roles, role, trees, plan_batches(len(pairs), batch, steps, section.seed), budget)
+    trainer.bind(section, roles, role, trees, plan_batches(len(pairs), batch, steps, seed), budget)
     trainer.bind_pairs(pairs, config.margin, weight)
 
     def held_out_accuracy():
@@ -144,13 +151,31 @@ def run(section: Section) -> None:
     check_reload(section, roles, trees[:4], budget)
     section.finish({
         "which": "safety" if weight or config.own_share > 0.75 else "helpfulness", "margin": config.margin, "safety_loss_weight": weight,
+        "parameters": parameters(role.net.config), "fraction": config.fraction, "seed": seed,
         "composition": composition, "too_long": len(too_long), "held_out_too_long": held_too_long,
         "unsafe_preferred": unsafe_preferred, "train_pairs": len(pairs), "steps": steps, "batch_size": batch,
         "score_mean": float(np.mean(flat)), "score_std": float(np.std(flat)), "held_out": results,
+        "score_range_98": np.percentile(flat, [1, 99]).tolist() if raw["own"] else None,
+        **({"drift_prompts_in_training": drift_known} if config.drift else {}),
         "threshold_precision_90": results["own"].get("threshold_precision_90"),
     })
     tell(section, results["own"])
-    clean(section)
+
+
+def drift_pairs(section: Section, trained: list[Pair]) -> tuple[list[Pair], int]:
+    """Every pair of the `drift` data sets whose prompt is not trained on, and how many are left out because theirs is."""
+    pairs = [p for part in gather(section, section.config.drift, "drift") for p in part]
+    known = {prompt_key(p) for p in trained}
+    kept = [p for p in pairs if prompt_key(p) not in known]
+    return kept, len(pairs) - len(kept)
+
+
+def parameters(config) -> int | None:
+    """Weights of the base as published, without adapters and head; None where its configuration has other names for its sizes."""
+    try:
+        return shape_of(config.to_dict()).parameters
+    except (KeyError, TypeError):
+        return None
 
 
 def check_reload(section: Section, roles: Roles, trees: list[Tree], budget: int) -> None:

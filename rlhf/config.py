@@ -14,6 +14,8 @@ class SamplingConfig(StageConfig):
     safety: ModelRef
     safety_threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
         0.15, description="on sigma(R_s); auto: where the safety model's precision is 0.9")
+    standardize_rewards: bool = Field(False, description="put each reward model's scores on its own held-out mean and deviation before the "
+                                              "merge; the gate still reads the raw R_s (method.md 10.3)")
     max_new_tokens: int = Field(512, ge=1)
     max_prompt_tokens: int = Field(1024, ge=1)
     batch: int = Field(64, ge=1, description="samples decoded side by side")
@@ -45,7 +47,6 @@ class PPOStage(SamplingConfig):
     gae_lambda: float = Field(0.95, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
     whiten: Literal["auto", "batch", "running", "none"] = "auto"
-    standardize_rewards: bool = Field(False, description="put both reward models on their own held-out mean and deviation before the gate")
     unfinished_score: float | None = Field(-1.0, description="ceiling of the whitened score of an answer that was cut off; null: no ceiling, its "
                                            "score as an answer that ends there stands")
     critic_warmup: int = Field(10, ge=0, description="most critic-only iterations before PPO begins")

@@ -29,6 +29,8 @@ from rlhf.rollout import Batches, Encoded, Rollout, Scored, answer_trees, derive
 
 PAPER_RATE, ADAPTER_RATE, CRITIC_RATE, ADAPTER_CRITIC_RATE = 1e-6, 1e-5, 1e-5, 1e-4
 WHITEN_ALONE = 128  # samples an iteration needs to be whitened by its own statistics (method.md 10.1)
+KL_TO_WARN = 50.0  # nats per answer, where the recipe sets no max_kl
+FEW_FINISHED = 0.2
 RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -65,8 +67,9 @@ def run(section: Section) -> None:
     if not state.start_rows:
         state.start_rows = state.best_rows = evaluate(section, roles, scorer, watched)
         keep_best(section, roles, state, state.start_rows, 0)
-        section.log.metrics(0, held_out_metrics(state.start_rows))
+        section.log.metrics(0, watched_metrics(state.start_rows))
 
+    warned: set[str] = set()
     with section.log.progress(config.iterations, "PPO", "iteration", state.iteration) as ticker:
         while state.iteration < config.iterations and state.worse < config.patience:
             state.iteration += 1
@@ -91,9 +94,10 @@ def run(section: Section) -> None:
 
             # 8. tell, look, keep
             row = iteration_metrics(scored, rollout, kl, returns, stats, clock)
+            warn(section, row, kl, warned)
             if state.iteration % config.eval_every == 0 or state.iteration == config.iterations:
                 rows = evaluate(section, roles, scorer, watched)
-                row |= held_out_metrics(rows)
+                row |= watched_metrics(rows)
                 keep_best(section, roles, state, rows, state.iteration)
             section.log.metrics(state.iteration, row)
             if state.iteration % config.sample_every == 0 or state.iteration == 1:
@@ -113,13 +117,9 @@ def load_roles(section: Section) -> tuple[Roles, Scorer]:
     config = section.config
     roles = roles_for(section)
     start = source_of(section, config.policy)
-    fresh = start is None and section.recipe.model.lora is not None
     torch.manual_seed(section.seed)
-    roles.add("policy", start, trainable=True, fresh_adapter=fresh)
-    if fresh:
-        roles.add("reference", None)
-    else:
-        roles.add("reference", start)
+    roles.add("policy", start, trainable=True)
+    roles.add("reference", start)
     roles.add("critic", source_of(section, config.helpfulness), trainable=True, head="zero")
     budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["policy"]))
     scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
@@ -259,6 +259,26 @@ def tripwire(section: Section, roles: Roles, deviation: float) -> None:
                              "Sampler and trainer disagree; please report this.")
 
 
+def warn(section: Section, row: dict, kl: Tensor, warned: set[str]) -> None:
+    """Signs that PPO goes wrong without a number becoming infinite. Each is told once; the run goes on.
+
+    row: the iteration's metrics; kl (B,) log p_policy - log p_reference of each sampled answer, whose mean can't be far below 0.
+    """
+    error = kl.std().item() / len(kl) ** 0.5 if len(kl) > 1 else float("inf")
+    mean, limit = row["ppo/kl"], section.config.max_kl or KL_TO_WARN
+    signs = {
+        "kl_sign": (mean < -3 * error and mean < -0.5, f"the KL estimate is {mean:.2f} nats, {-mean / max(error, 1e-9):.1f} standard errors below 0: "
+                    "the sampler's and the trainer's log-probabilities may disagree; compare model.dtype: float32"),
+        "kl_size": (mean > limit, f"the policy is {mean:.1f} nats from its start (limit {limit:g}): raise kl_coef or lower learning_rate"),
+        "finished": (row["ppo/finished"] < FEW_FINISHED, f"only {row['ppo/finished']:.0%} of the answers came to their end: raise max_new_tokens, "
+                     "or set unfinished_score"),
+    }
+    for name, (wrong, text) in signs.items():
+        if wrong and name not in warned:
+            warned.add(name)
+            section.log.say(f"warning: {text}")
+
+
 # -- the critic's warm-up ----------------------------------------------------------------------------------------------------------
 
 
@@ -336,14 +356,14 @@ def evaluate(section: Section, roles: Roles, scorer: Scorer, watched: list[Encod
     return [{"merged": m, "kl": k, "prompt": g} for m, k, g in zip(merged, kl, groups, strict=True)]
 
 
-def held_out_metrics(rows: list[dict]) -> dict:
-    return {"ppo/held_out_merged_reward": sum(r["merged"] for r in rows) / len(rows), "ppo/held_out_kl": sum(r["kl"] for r in rows) / len(rows)}
+def watched_metrics(rows: list[dict]) -> dict:
+    return {"ppo/watched_merged_reward": sum(r["merged"] for r in rows) / len(rows), "ppo/watched_kl": sum(r["kl"] for r in rows) / len(rows)}
 
 
 def keep_best(section: Section, roles: Roles, state: State, rows: list[dict], iteration: int) -> None:
     """Keep the policy whose watched prompts score highest, of those within max_kl; count evaluations without a better one."""
-    now = held_out_metrics(rows)
-    reward, kl = now["ppo/held_out_merged_reward"], now["ppo/held_out_kl"]
+    now = watched_metrics(rows)
+    reward, kl = now["ppo/watched_merged_reward"], now["ppo/watched_kl"]
     within = section.config.max_kl is None or kl <= section.config.max_kl
     if state.best is None or (within and reward > state.best):
         state.best, state.best_iteration, state.best_rows, state.worse = reward, iteration, rows, 0
@@ -468,11 +488,9 @@ def finish(section: Section, roles: Roles, scorer: Scorer, state: State) -> None
         "safety_threshold": scorer.threshold_note, "warmup_rounds": state.warmup_rounds, "whitening": whitening(section.config),
         "routed_by_tag": sum(r["ppo/routed_by_tag"] for r in ran) / max(len(ran), 1),
         "routed_by_threshold": sum(r["ppo/routed_by_threshold"] for r in ran) / max(len(ran), 1),
-        "held_out": {"start": interval([r["merged"] for r in state.start_rows], groups), "best": interval([r["merged"] for r in state.best_rows], groups),
+        "watched": {"start": interval([r["merged"] for r in state.start_rows], groups), "best": interval([r["merged"] for r in state.best_rows], groups),
                      "paired_difference": interval(gain, groups), "standard_error": standard_error(gain, groups), "kl": kl},
     })
     section.log.say(f"best after iteration {state.best_iteration}{' (stopped early)' if state.iteration < section.config.iterations else ''}: "
                     f"watched merged reward {sum(r['merged'] for r in state.start_rows) / len(gain):.3f} -> "
                     f"{sum(r['merged'] for r in state.best_rows) / len(gain):.3f} at KL {kl:.2f} nats")
-    for path in [*section.folder.glob("checkpoint-*"), *section.folder.glob("best-*")]:
-        shutil.rmtree(path)

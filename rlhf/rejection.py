@@ -9,6 +9,7 @@ import random
 
 import numpy as np
 
+from posttrain import chat
 from posttrain.data import prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
@@ -42,10 +43,10 @@ def run(section: Section) -> None:
         for i, chunk in enumerate(chunks):
             if have[i] is None:
                 scored = sample_and_score(roles, "policy", scorer, chunk, config.samples_per_prompt, sampling,
-                                          derive_seed(section.seed, section.name, i), config.batch)
+                                          derive_seed(section.seed, section.name, i), config.batch, config.standardize_rewards)
                 have[i] = scored.rows(roles.tokenizer)
                 for row, p in zip(have[i], [p for p in chunk for _ in range(config.samples_per_prompt)], strict=True):
-                    row["is_safety"] = p.prompt.safety
+                    row |= {"is_safety": p.prompt.safety, "spells": chat.spelled_token(roles.tokenizer, row["answer"])}
                 write_chunk(folder / f"{i:05d}.json", have[i])
                 ticker.advance(1, note=f"{sum(len(r['ids']) for r in have[i])} tokens")
     rows = [r for chunk in have for r in chunk]
@@ -80,13 +81,17 @@ def read_chunk(path) -> list[dict] | None:
         return None
 
 
+def usable(row: dict) -> bool:
+    """Whether a sample can become a demonstration: finished, not empty, and not spelling a turn token, which no stage reads as text."""
+    return bool(row["finished"] and row["answer"] and not row.get("spells"))
+
+
 def select(bags: list[list[dict]]) -> dict[int, dict]:
-    """The finished answer with the highest merged reward of every bag; a bag without a finished answer keeps none."""
+    """The usable answer with the highest merged reward of every bag; a bag without one keeps none."""
     out = {}
     for i, bag in enumerate(bags):
-        finished = [r for r in bag if r["finished"] and r["answer"]]
-        if finished:
-            out[i] = max(finished, key=lambda r: r["merged"])
+        if able := [r for r in bag if usable(r)]:
+            out[i] = max(able, key=lambda r: r["merged"])
     return out
 
 
@@ -111,9 +116,11 @@ def expected_rank(values: list[float], n: int, rank: int) -> float:
 
 
 def best_of_n(bags: list[list[dict]], sizes: list[int]) -> list[dict]:
-    """Expected maximum and median of n of a prompt's K answers (paper Fig. 7), with the maximum's interval over prompts."""
+    """Expected maximum and median of n of a prompt's K answers (paper Fig. 7), with the maximum's interval over prompts.
+
+    An unusable answer is never kept, so it counts as its prompt's lowest score."""
     groups = [prompt_key(Prompt(messages=b[0]["prompt"])) for b in bags]
-    values = [sorted(r["merged"] for r in b) for b in bags]
+    values = [sorted(r["merged"] if usable(r) else min(x["merged"] for x in b) for r in b) for b in bags]
     out = []
     for n in sizes:
         ci = interval([expected_rank(v, n, n) for v in values], groups)
@@ -128,7 +135,8 @@ def results(config, bags, kept, scorer) -> dict:
     sizes = sorted({1, k, *(2 ** i for i in range(1, 10) if 2 ** i < k)})
     routed = [r["is_safety"] or r["safety"] < scorer.threshold for r in rows]
     return {"prompts": len(bags), "samples_per_prompt": k, "temperature": config.temperature, "samples": len(rows), "kept": len(kept),
-            "unfinished": sum(not r["finished"] for r in rows), "share_routed_safety": float(np.mean(routed)),
+            "unfinished": sum(not r["finished"] for r in rows), "spelling_a_turn_token": sum(bool(r.get("spells")) for r in rows),
+            "share_routed_safety": float(np.mean(routed)),
             "routed_by_tag": float(np.mean([r["is_safety"] for r in rows])),
             "routed_by_threshold": float(np.mean([not r["is_safety"] and r["safety"] < scorer.threshold for r in rows])),
             "safety_threshold": scorer.threshold_note, "best_of_n": best_of_n(bags, sizes), "mean_reward_all": _mean(rows),

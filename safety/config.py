@@ -26,6 +26,7 @@ class EvaluateStage(StageConfig):
     max_prompt_tokens: int = Field(1024, ge=1)
     batch: int = Field(64, ge=1)
     safety_threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.15
+    standardize_rewards: bool = Field(False, description="merge the scores as PPO with this setting does; both models' own scores stay raw")
     unsafe_threshold: float = Field(0.5, gt=0, lt=1)
     micro_batch_tokens: int | None = Field(None, ge=16)
     compare: list[list[str]] = Field([], description="pairs [after, before] whose paired differences are reported")

@@ -80,7 +80,8 @@ def _answers(section: Section, roles: Roles, scorer: Scorer, encoded: list[Encod
     except (OSError, ValueError, KeyError, TypeError):
         pass
     scored = sample_and_score(roles, role_of(c, name), scorer, encoded, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature, c.top_p),
-                              derive_seed(section.seed, section.name), c.batch)
+                              derive_seed(section.seed, section.name), c.batch, c.standardize_rewards)
+
     def distance(reference):
         return sequence_kl(roles, role_of(c, name), reference, scored, budget, c.temperature or 1.0)
 
@@ -120,7 +121,8 @@ def compare(config, answers: dict[str, list[dict]]) -> dict:
         paired.append(row)
         checks += _checks(config, row)
     return {"prompts": len(set(groups)), "samples_per_prompt": config.samples_per_prompt, "temperature": config.temperature, "top_p": config.top_p,
-            "unsafe_threshold": config.unsafe_threshold, "models": models, "paired": paired, "checks": checks}
+            "unsafe_threshold": config.unsafe_threshold,
+            "standardize_rewards": config.standardize_rewards, "models": models, "paired": paired, "checks": checks}
 
 
 def wins(a: list[float], b: list[float]) -> list[float]:

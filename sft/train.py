@@ -8,11 +8,12 @@ from posttrain import chat
 from posttrain.data import naming
 from posttrain.errors import PosttrainError
 from posttrain.formats import Demonstration
+from posttrain.log import read_lines
 from posttrain.models import Roles, roles_for, source_of
 from posttrain.packing import Tree, collate, dialogue, token_budget
 from posttrain.plan import batch_and_steps
 from posttrain.runs import Section
-from posttrain.training import StepTrainer, bin_by_length, choose_budget, clean, fit, plan_batches, training_arguments
+from posttrain.training import StepTrainer, bin_by_length, choose_budget, fit, plan_batches, training_arguments
 
 PAPER_BATCH, PAPER_RATE, ADAPTER_RATE = 64, 2e-5, 2e-4
 
@@ -86,7 +87,7 @@ def run(section: Section) -> None:
     torch.manual_seed(section.seed)
     full = section.recipe.model.lora is None
     source = source_of(section, config.model)
-    role = roles.add("policy", source, trainable=True, fresh_adapter=not full and (source is None or not (source / "adapter_config.json").exists()))
+    role = roles.add("policy", source, trainable=True)
     budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, role))
 
     bins = bin_by_length([len(t) for t in trees], config.max_length, section.seed) if config.packing else None
@@ -108,9 +109,6 @@ def run(section: Section) -> None:
     trainer = _Trainer(model=role.net, args=args, train_dataset=data, processing_class=roles.tokenizer)
     trainer.bind(section, roles, role, trees, batches, budget)
     fit(trainer, section, "sft", lambda: {"held_out_loss": held_out_loss(roles, "policy", held_trees, budget)}, max(1, steps // 5))
-
-    from posttrain.log import read_lines
-
     rows = read_lines(section.folder / "metrics.jsonl")
     losses = [r["sft/loss"] for r in rows if "sft/loss" in r]
     held = [r["sft/held_out_loss"] for r in rows if r.get("sft/held_out_loss") is not None]
@@ -122,7 +120,6 @@ def run(section: Section) -> None:
         "train_loss_first": sum(losses[:head]) / head, "train_loss_last": sum(losses[-head:]) / head,
         "held_out_loss_before": held[0] if held else None, "held_out_loss_after": held[-1] if held else None, "data": counts,
     })
-    clean(section)
 
 
 def labels(t: Tree) -> list[int]:

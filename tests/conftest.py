@@ -126,3 +126,20 @@ def start():
         return section
 
     return ready
+
+
+@pytest.fixture
+def quantized_or_skip():
+    """quantized_or_skip(kind): skips where a bare bitsandbytes layer, and not our code, cannot train here."""
+    def check(kind: str) -> None:
+        import torch
+
+        bnb = pytest.importorskip("bitsandbytes")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            layer = (bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32) if kind == "nf4" else
+                     bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False))
+            layer.to(device)(torch.randn(3, 64, device=device, requires_grad=True)).sum().backward()
+        except (RuntimeError, NotImplementedError, AttributeError) as e:
+            pytest.skip(f"bitsandbytes can't run {kind} on this machine: {str(e)[:100]}")
+    return check

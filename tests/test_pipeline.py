@@ -117,7 +117,7 @@ def test_five_kills_change_nothing(straight, tmp_path):
     assert run_with_kills(tmp_path, delays) >= 3
     assert weights(tmp_path / "tiny") == weights(folder)
     mine, theirs = (json.loads((f / "ppo" / "results.json").read_text()) for f in (tmp_path / "tiny", folder))
-    assert mine["held_out"] == theirs["held_out"]
+    assert mine["watched"] == theirs["watched"]
 
 
 def test_a_stage_alone_asks_for_its_parents(tmp_path):

@@ -162,6 +162,15 @@ def test_adapters_off_is_the_base(make_roles, cast, tiny_folder):
     assert reference.add("reference").adapter is None and torch.equal(reference.hidden("reference", batch()), ours)
 
 
+def test_a_trainable_role_gets_an_adapter_where_the_recipe_trains_them(make_roles, tiny_folder):
+    roles = make_roles()
+    assert roles.add("policy", trainable=True).adapter == "policy" and roles.add("reference").adapter is None
+    full = make_roles(lora=None)
+    assert full.add("policy", trainable=True).adapter is None
+    with pytest.raises(PosttrainError, match="is a whole model. Expected an adapter of this recipe's base"):
+        make_roles().add("policy", tiny_folder, trainable=True)  # it would train the base and forget the folder
+
+
 def test_the_adapted_layer_is_peft_s_formula(make_roles, scramble):
     """W x + alpha / r * B A x, by hand on one layer."""
     roles = make_roles(lora={"r": 3, "alpha": 12, "target_modules": ["q_proj"]})

@@ -1,9 +1,12 @@
 """Which tokens share a forward pass must not change a number: rows, trees, packed sequences, padding, neighbours and budgets."""
 
+import itertools
+import random
+
 import pytest
 import torch
 
-from posttrain.packing import MicroBatch, collate, cost, dialogue, token_budget, tree
+from posttrain.packing import PASS_COST, MicroBatch, collate, cost, dialogue, token_budget, tree
 
 PROMPTS = [[5, 9, 31, 7, 12], [40, 41], [100, 3, 8, 8, 8, 8, 8, 61, 9]]
 ANSWERS = [[[60, 61, 62, 2], [70, 2], [60, 61, 2]], [[80, 81, 82, 83, 84, 85, 2], [9, 2]], [[2], [55, 56, 57, 2]]]
@@ -116,6 +119,22 @@ def test_every_tree_is_in_one_micro_batch_within_the_budget(layout, budget):
     sizes = [collate(trees, g, layout).input_ids.shape[1] for g in groups]
     assert sizes == sorted(sizes, reverse=True) or layout == "packed"
     assert groups == token_budget(trees, budget, layout)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_are_split_with_the_least_padding(seed):
+    """Against every way to cut the sorted lengths into neighbours."""
+    rng = random.Random(seed)
+    lengths, budget = [rng.choice((rng.randint(2, 90), rng.randint(300, 600))) for _ in range(9)], 900
+    trees = [dialogue([1] * n, [False] * (n - 1) + [True]) for n in lengths]
+
+    def price(groups):
+        sizes = [len(g) * max(lengths[i] for i in g) for g in groups]
+        return sum(sizes) + PASS_COST * len(groups) if all(s <= budget or len(g) == 1 for s, g in zip(sizes, groups, strict=True)) else float("inf")
+
+    order = sorted(range(9), key=lambda i: -lengths[i])
+    ways = [[order[a:b] for a, b in itertools.pairwise((0, *cuts, 9))] for n in range(9) for cuts in itertools.combinations(range(1, 9), n)]
+    assert price(token_budget(trees, budget)) == min(map(price, ways))
 
 
 # -- the same numbers --------------------------------------------------------------------------------------------------------------

@@ -49,9 +49,9 @@ STAGES = {
 }
 
 
-def make_run(folder: Path, stages: dict | None = None, base: str = report.STAND_IN) -> Run:
+def make_run(folder: Path, stages: dict | None = None, base: str = report.STAND_IN, name: str = "demo") -> Run:
     stages = {k: Loose(**v) for k, v in (STAGES if stages is None else stages).items()}
-    return Run(cfg.Recipe(run={"name": "demo", "dir": str(folder)}, model={"name_or_path": base}, stages=stages, path="recipes/demo.yaml"))
+    return Run(cfg.Recipe(run={"name": name, "dir": str(folder)}, model={"name_or_path": base}, stages=stages, path="recipes/demo.yaml"))
 
 
 def put(run: Run, name: str, results=None, metrics=(), samples=(), seconds: float = 60.0, done: bool = True, **manifest) -> Path:
@@ -114,11 +114,16 @@ def evaluation(accuracy: float) -> dict:
             "histogram": {"edges": edges, "chosen": bell(0.62), "rejected": bell(0.46)}}
 
 
-def reward_results(which: str, accuracy: float) -> dict:
-    return {"which": which, "margin": "small", "safety_loss_weight": 1.0,
+def reward_results(which: str, accuracy: float, **more) -> dict:
+    return {"which": which, "margin": "small", "safety_loss_weight": 1.0, "parameters": 134_515_008, "score_range_98": [-1.6, 2.1],
             "composition": {"own": 200, "other": 200, "by_source": {"demo": 400}},
             "too_long": 3, "train_pairs": 400, "steps": 50, "score_mean": 0.3, "score_std": 1.1, "threshold_precision_90": 0.22,
-            "held_out": {"own": evaluation(accuracy), "other": evaluation(accuracy - 0.08)}}
+            "held_out": {"own": evaluation(accuracy), "other": evaluation(accuracy - 0.08)}, **more}
+
+
+def inputs(name: str, own: str = "helpful", **settings) -> dict:
+    """A manifest's inputs of a reward section or of one that scores with it."""
+    return {"run.seed": 0, f"stages.{name}.own[0]": own, f"data.{own}: rows held out": "d1", **{f"stages.{name}.{k}": x for k, x in settings.items()}}
 
 
 def reward_metrics(rng, steps=50):
@@ -127,7 +132,7 @@ def reward_metrics(rng, steps=50):
 
 
 def ppo_metrics(rng, steps=40):
-    rows = [{"step": 0, "time": 0, "ppo/held_out_merged_reward": 0.1, "ppo/held_out_kl": 0.0}]
+    rows = [{"step": 0, "time": 0, "ppo/watched_merged_reward": 0.1, "ppo/watched_kl": 0.0}]
     for s in range(1, steps + 1):
         r = 0.1 + 0.6 * (1 - math.exp(-s / 15))
         row = {"step": s, "time": s, "ppo/merged_reward": r + rng.gauss(0, 0.08), "ppo/helpfulness": r + 0.2,
@@ -137,7 +142,7 @@ def ppo_metrics(rng, steps=40):
                "ppo/routed_by_tag": 0.25 + rng.gauss(0, 0.02), "ppo/routed_by_threshold": 0.03 - 0.0005 * s, "ppo/clip_fraction": 0.04,
                "ppo/explained_variance": 0.4 + 0.008 * s, "ppo/seconds_generate": 6.1, "ppo/seconds_score": 1.2, "ppo/seconds_update": 3.3}
         if s % 5 == 0:
-            row |= {"ppo/held_out_merged_reward": r, "ppo/held_out_kl": 0.18 * s}
+            row |= {"ppo/watched_merged_reward": r, "ppo/watched_kl": 0.18 * s}
         rows.append(row)
     return rows
 
@@ -179,7 +184,7 @@ def whole_run(folder: Path, **kw) -> Run:
            "held_out_loss_before": 2.44, "held_out_loss_after": 1.79, "data": {"demonstrations_a": 300, "safety_demonstrations": 80}}
     put(run, "sft", sft, list(sft_metrics(rng)), seconds=131.4)
     for which, accuracy in (("helpfulness", 0.66), ("safety", 0.71)):
-        put(run, f"reward_{which}", reward_results(which, accuracy), reward_metrics(rng), seconds=96)
+        put(run, f"reward_{which}", reward_results(which, accuracy), reward_metrics(rng), seconds=96, inputs=inputs(f"reward_{which}", which))
     drawn = [{"step": 1, "prompt": [{"role": "user", "content": f"Prompt {p}"}], "answer": text(rng), "helpfulness": 0.1, "safety": 0.4,
               "finished": True, "merged": rng.gauss(0, 1), "kept": k == 0} for p in range(6) for k in range(8)]
     put(run, "v1_samples", {"prompts": 120, "samples_per_prompt": 8, "temperature": 1.0, "samples": 960, "kept": 118, "unfinished": 41,
@@ -189,9 +194,10 @@ def whole_run(folder: Path, **kw) -> Run:
         samples=drawn, seconds=88)
     put(run, "v1", sft | {"held_out_loss_after": 1.74}, list(sft_metrics(rng, 60)), seconds=71)
     put(run, "ppo", {"iterations": 40, "best_iteration": 35, "stopped_early": False, "safety_threshold": 0.22,
-                     "held_out": {"start": ci(0.1), "best": ci(0.62), "paired_difference": ci(0.52, 0.15), "kl": 6.8}},
+                     "watched": {"start": ci(0.1), "best": ci(0.62), "paired_difference": ci(0.52, 0.15), "kl": 6.8}},
         ppo_metrics(rng), seconds=402)
-    put(run, "eval", evaluate_results(), samples=evaluate_samples(rng), seconds=75)
+    put(run, "eval", evaluate_results(), samples=evaluate_samples(rng), seconds=75,
+        inputs={f"stages.eval.{which}": f"@reward_{which}" for which in ("helpfulness", "safety")})
     put(run, "chat", {"folder": "runs/demo/chat", "dtype": "bfloat16", "merged_kl": None, "files": ["model.safetensors", "config.json"]},
         seconds=9)
     return run
@@ -420,6 +426,19 @@ def test_numbers_may_be_missing_anywhere(tmp_path, seed):
     assert len(report.show(run).splitlines()) == 4 + len(run.recipe.stages)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sweeps_numbers_may_be_missing_anywhere(tmp_path, seed):
+    rng, grid = random.Random(seed), {f"{n}-{m}": {**x, "margin": m} for n, x in SEEDS.items() for m in ("none", "small")}
+    run = sweep_run(tmp_path, grid)
+    for name in grid:
+        for file in ("results.json", "manifest.json"):
+            path = run.folder / name / file
+            path.write_text(json.dumps(holes(json.loads(path.read_text()), rng)))
+    page = Page(report.write(run))
+    assert page.problems == [] and len(page.ids) == len(set(page.ids)) and "can't be shown" not in page.text
+    assert not re.search(r"(?<![A-Za-z])(nan|inf|None)(?![A-Za-z])", page.text.split("Configuration and provenance")[0])
+
+
 def test_a_part_that_cannot_be_shown_says_so_and_leaves_the_rest(tmp_path, monkeypatch):
     run = whole_run(tmp_path)
     monkeypatch.setitem(report.PARTS, "ppo", ("ppo", lambda vs: 1 / 0))
@@ -531,7 +550,7 @@ def test_the_table_has_a_line_a_section(whole):
     row = {line.split()[0]: line for line in lines[4:]}
     assert "held-out loss 1.79 (was 2.44)" in row["sft"] and "2 min 11 s" in row["sft"]
     assert "length-balanced accuracy 64 % (58 % to 70 %)" in row["reward_helpfulness"]
-    assert "held-out merged reward +0.52 (+0.37 to +0.67); KL 6.8 nats" in row["ppo"]
+    assert "watched merged reward +0.52 (+0.37 to +0.67); KL 6.8 nats" in row["ppo"]
     assert "checks met 1 of 2" in row["eval"]
 
 
@@ -543,6 +562,143 @@ def test_the_report_loads_no_torch(tmp_path):
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip() == "[]"
+
+
+# -- sweeps and drift ------------------------------------------------------------------------------------------------------------------
+
+
+def sweep_run(folder: Path, members: dict[str, dict], name: str = "demo", parameters: int = 134_515_008) -> Run:
+    """A run of reward sections. members: section -> its settings, with `pairs` it was trained on and its `accuracy`."""
+    run = make_run(folder, {n: {"stage": "reward"} for n in members}, name=name)
+    for n, given in members.items():
+        given = dict(given)
+        pairs, accuracy = given.pop("pairs", 312), given.pop("accuracy")
+        results = reward_results("helpfulness", accuracy, train_pairs=pairs, parameters=parameters, margin=given.get("margin", "small"))
+        put(run, n, results, reward_metrics(random.Random(0)), inputs=inputs(n, **given))
+    return run
+
+
+AMOUNTS = {"rm-0.125": {"fraction": 0.125, "pairs": 40, "accuracy": 0.52}, "rm-0.25": {"fraction": 0.25, "pairs": 78, "accuracy": 0.56},
+           "rm-0.5": {"fraction": 0.5, "pairs": 156, "accuracy": 0.61}, "rm-1": {"fraction": 1.0, "pairs": 312, "accuracy": 0.66}}
+MARGINS = {f"rm-{m}": {"margin": m, "accuracy": a} for m, a in (("large", 0.64), ("none", 0.62), ("small", 0.65))}
+SEEDS = {f"{n}-{s}": {**x, "seed": s, "accuracy": x["accuracy"] + 0.03 * s} for n, x in AMOUNTS.items() for s in (0, 1)}
+
+
+def figures_of(page: Page) -> dict[str, str]:
+    """Figures by title, as text."""
+    found = re.findall(r"<figure>(.*?)</figure>", page.source, flags=re.S)
+    return {re.search(r'class="kicker">([^<]*)', f)[1]: re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", f)) for f in found}
+
+
+def test_a_sweep_over_data_is_a_curve(tmp_path):
+    page = Page(report.write(sweep_run(tmp_path, AMOUNTS)))
+    figures = figures_of(page)
+    curve = figures["Accuracy against the amount of data (helpfulness model)"]
+    assert ("Accuracy rises from 40 to 312 training pairs: all pairs 52 % to 66 %, length-balanced 50 % to 64 % and "
+            "significantly better 68 % to 82 %; the intervals of all pairs and length-balanced are apart.") in curve.replace("\u00a0", " ")
+    for words in ("training pairs (logarithmic)", "chance", "40", "78", "156", "312", "length-balanced"):
+        assert words in curve.split("apart.")[1]
+    assert "the figures of single models show rm-1." in page.text and "can't be shown" not in page.text
+    assert page.problems == [] and len(page.ids) == len(set(page.ids))
+    assert sum(t.startswith("Scores of the") for t in figures) == 4 and not [t for t in figures if "margin" in t or "Other settings" in t]
+    assert "Every helpfulness model" in page.text
+
+
+def test_seeds_are_pooled(tmp_path):
+    figures = figures_of(Page(report.write(sweep_run(tmp_path, SEEDS))))
+    curve = figures["Accuracy against the amount of data (helpfulness model)"]
+    assert "all pairs 54 % to 68 %" in curve.replace("\u00a0", " ") and "means over models that differ in their seed alone" in curve
+    only = {n: x for n, x in SEEDS.items() if n.startswith("rm-1-")}
+    dots = figures_of(Page(report.write(sweep_run(tmp_path / "seeds", only))))["Other settings of the sweep (helpfulness model)"]
+    assert "seed 0" in dots and "seed 1" in dots
+
+
+@pytest.mark.parametrize("accuracies, said", [((0.62, 0.64, 0.63), "the intervals overlap, so these pairs tell no margin from another"),
+                                              ((0.50, 0.65, 0.60), "small is better than none")])
+def test_a_sweep_over_margins_is_the_ablation(tmp_path, accuracies, said):
+    told = dict(zip(("none", "small", "large"), accuracies, strict=True))
+    page = Page(report.write(sweep_run(tmp_path, {n: x | {"accuracy": told[x["margin"]]} for n, x in MARGINS.items()})))
+    figures = figures_of(page)
+    ablation = figures["Accuracy by margin and rating (helpfulness model)"].replace("\u00a0", " ")
+    assert f"none {accuracies[0]:.0%}, small {accuracies[1]:.0%} and large {accuracies[2]:.0%}: {said}".replace("%", " %") in ablation
+    assert ablation.index("margin none") < ablation.index("margin small") < ablation.index("margin large")
+    rows = re.search(r"Margin ablation of the helpfulness model.*?</table>", page.source, flags=re.S)[0]
+    assert re.findall(r'scope="row">(\w+)', rows) == ["none", "small", "large"]
+    assert re.findall(r'scope="col">([^<]*)', rows)[1:] == ["significantly better", "better", "slightly better", "negligibly better", "all pairs",
+                                                            "length-balanced", "score, deviation"]
+    assert "the figures of single models show rm-small." in page.text and not [t for t in figures if "amount of data" in t]
+
+
+def test_any_other_key_is_compared_too(tmp_path):
+    rates = {f"rm-{r:g}": {"learning_rate": r, "accuracy": a} for r, a in ((1e-4, 0.55), (3e-4, 0.64))}
+    figure = figures_of(Page(report.write(sweep_run(tmp_path, rates))))["Other settings of the sweep (helpfulness model)"]
+    assert "highest with learning rate 0.0003 (62 %) and lowest with learning rate 0.0001 (53 %); the intervals overlap" in figure.replace("\u00a0", " ")
+
+
+def test_a_grid_has_a_curve_for_each_margin(tmp_path):
+    grid = {f"{n}-{m}": {**x, "margin": m} for n, x in AMOUNTS.items() for m in ("none", "small")}
+    page = Page(report.write(sweep_run(tmp_path, grid)))
+    titles = [t for t in figures_of(page) if "amount of data" in t]
+    assert titles == [f"Accuracy against the amount of data (helpfulness model, margin {m})" for m in ("none", "small")]
+    assert len(page.ids) == len(set(page.ids)) and "Margin ablation" in page.text and "show rm-1-small." in page.text
+
+
+def test_models_of_other_pairs_are_no_sweep(whole, tmp_path):
+    assert "models are compared" not in whole[1].text
+    run = sweep_run(tmp_path, {"a": {"fraction": 0.5, "accuracy": 0.6}, "b": {"fraction": 1.0, "accuracy": 0.6}})
+    path = run.folder / "b" / "manifest.json"
+    path.write_text(path.read_text().replace('"d1"', '"d2"'))  # other rows are held out
+    assert "models are compared" not in Page(report.write(run)).text
+
+
+def test_runs_with_other_bases_stand_beside(tmp_path):
+    """Accuracy over the size of the base: the other run's reward models join the curve, and nothing else of it comes onto the page."""
+    one = {"rm": {"accuracy": 0.6, "learning_rate": 1e-4}}
+    small, large = (sweep_run(tmp_path, {"rm": one["rm"] | {"accuracy": a}}, name=n, parameters=p)
+                    for n, a, p in (("small", 0.58, 134_515_008), ("large", 0.66, 6_738_415_616)))
+    page = Page(report.write(small, beside=[large]))
+    figure = figures_of(page)["Accuracy against the size of the base (helpfulness model)"].replace("\u00a0", " ")
+    assert "Accuracy rises from 135 M to 6.74 B parameters: all pairs 58 % to 66 %" in figure and "parameters of the base (logarithmic)" in figure
+    assert "large/rm" in page.text and sum(t.startswith("Scores of the") for t in figures_of(page)) == 2 and len(page.ids) == len(set(page.ids))
+    assert "models are compared" not in Page(report.write(small)).text
+    stranger = sweep_run(tmp_path, {"rm": {"accuracy": 0.7, "own": "others"}}, name="stranger")
+    text = Page(report.write(small, beside=[stranger])).text
+    assert "stranger/rm is not compared: it is measured on other held-out pairs" in text and "models are compared" not in text
+
+
+def test_drift_shows_the_newest_policy_against_the_held_out_pairs(tmp_path):
+    """By hand: raw scores -1, -1, 1, 3; held out: mean 0.3, deviation 1.1, 98 % within -1.6 to 2.1."""
+    run = make_run(tmp_path, {"rm": {"stage": "reward"}, "v1_samples": {"stage": "rejection"}, "eval": {"stage": "evaluate"}})
+    results = reward_results("helpfulness", 0.66)
+    results["held_out"]["drift"] = evaluation(0.58)
+    put(run, "rm", results, inputs=inputs("rm"))
+    put(run, "v1_samples", {"samples": 2}, samples=[{"step": 0, "helpfulness": 9.0}, {"step": 0, "helpfulness": 9.0}],
+        inputs={"stages.v1_samples.helpfulness": "@rm", "stages.v1_samples.safety": "@another"})
+    rows = [{"model": m, "helpfulness": 7.0, "safety": x} for m, xs in (("chat", (-1, -1, 1, 3)), ("sft", (0.2, 0.4))) for x in xs]
+    put(run, "eval", {"models": {"sft": {}, "chat": {}}}, samples=rows, inputs={"stages.eval.helpfulness": "@another", "stages.eval.safety": "@rm"})
+    page = Page(report.write(run))
+    figure = figures_of(page)["Drift of the helpfulness model"].replace("\u00a0", " ")
+    for words in ("Answers of chat score 0.50 on average, 0.2 deviations above the 0.30 of held-out answers; 25 % of them are outside the range of "
+                  "98 % of held-out scores; accuracy is 58 % on pairs of such answers and 66 % on held-out pairs.",
+                  "answers of chat", "held-out pairs", "are those in eval"):
+        assert words in figure, words
+    rows = re.search(r"Scores of the helpfulness model, policy by policy.*?</table>", page.source, flags=re.S)[0]
+    table = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*?)</tr>", rows, flags=re.S)]
+    assert [[c.replace("\u00a0", " ") for c in row] for row in table[1:]] == [
+        ["held-out pairs", "420", "0.30", "1.10", "2 %"], ["sft", "2", "0.30", "0.10", "0 %"], ["chat", "4", "0.50", "1.66", "25 %"]]
+    assert "newest policy's pairs" in page.text and "pairs of the newest policy's answers" in page.text
+    shutil.rmtree(run.folder / "eval")  # then the newest are those of rejection sampling
+    assert "Answers of the policy of v1_samples score 9.00" in figures_of(Page(report.write(run)))["Drift of the helpfulness model"]
+
+
+def test_drift_needs_no_range_and_no_samples(tmp_path):
+    run = make_run(tmp_path, {"rm": {"stage": "reward"}, "ppo": {"stage": "ppo"}})
+    put(run, "rm", reward_results("helpfulness", 0.66, score_range_98=None, score_std=0.0), inputs=inputs("rm"))
+    assert "Drift" not in Page(report.write(run)).text
+    put(run, "ppo", {}, samples=[{"step": s, "prompt": "a", "answer": "b", "helpfulness": float(s)} for s in (5, 10, 1)],
+        inputs={"stages.ppo.helpfulness": "@rm"})
+    page = Page(report.write(run))
+    assert "Answers of ppo, iteration 10 score 10.00 on average." in page.text and "outside" not in page.text and "can't be shown" not in page.text
 
 
 def test_numbers_and_words():

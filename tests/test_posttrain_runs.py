@@ -175,6 +175,18 @@ def test_a_report_is_no_model(recipe, section, field):
         preflight(recipe({"eval": EVAL, "x": section}))
 
 
+@pytest.mark.parametrize("section, field", [({"stage": "sft", "data": ["demonstrations", "@sft"]}, "data"),
+                                           ({"stage": "ppo", **SAMPLING, "prompts": ["@sft"]}, "prompts")])
+def test_a_model_is_no_data(recipe, section, field):
+    with pytest.raises(PosttrainError, match=rf"stages\.x\.{field}: '@sft' makes a model\. Expected a section that makes data"):
+        preflight(recipe({"sft": {"stage": "sft", "data": "demonstrations"}, "x": section}))
+
+
+def test_a_wrong_value_of_a_choice_is_named_by_its_key_alone(recipe):
+    with pytest.raises(PosttrainError, match=r"stages\.x\.safety_threshold: got 7\."):
+        recipe({"x": {"stage": "ppo", **SAMPLING, "safety_threshold": 7}})
+
+
 def test_export_names_a_report_and_nothing_else_as_its_evaluation(recipe):
     sft = {"stage": "sft", "data": "demonstrations"}
     preflight(recipe({"sft": sft, "eval": EVAL, "x": {"stage": "export", "model": "@sft", "evaluation": "@eval"}}))
@@ -243,3 +255,16 @@ def test_the_order_of_compared_models_is_part_of_the_fingerprint():
     one, other = (Run(load_recipe(tiny, [f"eval.models={{{m}}}"])).section("eval").fingerprint
                   for m in ("v1: '@v1', chat: '@ppo'", "chat: '@ppo', v1: '@v1'"))
     assert one != other
+
+
+def test_checkpoints_of_a_finished_section_go(recipe, monkeypatch):
+    """Also where the run was killed between its last write and their removal."""
+    from posttrain import runs
+
+    monkeypatch.setattr(runs, "load_module", lambda kind: SimpleNamespace(run=lambda section: section.finish({})))
+    run = recipe({"s": SFT})
+    run_sections(run)
+    (run.folder / "s" / "checkpoint-4").mkdir()
+    (run.folder / "s" / "model").mkdir()
+    run_sections(recipe({"s": SFT}))
+    assert not (run.folder / "s" / "checkpoint-4").exists() and (run.folder / "s" / "model").exists()

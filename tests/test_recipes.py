@@ -23,6 +23,15 @@ def test_shipped_recipes_are_sound(path):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_new_versions_start_from_the_base(path):
+    """Paper 3.2.3: fine-tuning on kept answers begins at the base model again, with the demonstrations beside them."""
+    stages = load_recipe(path).stages
+    for config in stages.values():
+        if config.stage == "sft" and any(name.startswith("@") for name in config.data):
+            assert config.model == "base" and any(not name.startswith("@") for name in config.data)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_recipes_dry_run_without_a_network(path, tmp_path):
     out = subprocess.run([sys.executable, "-m", "posttrain", "run", str(path), "--dry-run", f"run.dir={tmp_path}"], cwd=ROOT,
                          capture_output=True, text=True, timeout=120, env={**__import__("os").environ, "HF_HUB_OFFLINE": "1"})

@@ -45,6 +45,21 @@ def test_the_sampling_alone_is_timed(monkeypatch):
     assert 0.2 <= told.sampling_seconds < 0.4
 
 
+@pytest.mark.parametrize(("row", "kl", "said"), [
+    ({"ppo/kl": -2.0, "ppo/finished": 1.0}, [-2.1, -1.9, -2.0, -2.0], "standard errors below 0"),
+    ({"ppo/kl": -2.0, "ppo/finished": 1.0}, [-20.0, 12.0, 2.0, -2.0], None),  # four answers that scatter: no sign of anything
+    ({"ppo/kl": 60.0, "ppo/finished": 1.0}, [60.0] * 4, "raise kl_coef"),
+    ({"ppo/kl": 1.0, "ppo/finished": 0.1}, [1.0] * 4, "only 10% of the answers"),
+    ({"ppo/kl": 1.0, "ppo/finished": 0.9}, [1.0] * 4, None),
+])
+def test_signs_of_trouble_are_told_once(row, kl, said):
+    lines, warned = [], set()
+    section = SimpleNamespace(config=SimpleNamespace(max_kl=None), log=SimpleNamespace(say=lines.append))
+    for _ in range(3):
+        ppo.warn(section, row, torch.tensor(kl), warned)
+    assert len(lines) == (said is not None) and all(said in line and line.startswith("warning: ") for line in lines)
+
+
 def test_branches_are_told_with_their_deviations():
     told = metrics(scored([[False, True], [False, False]], [[False, False], [True, False]]))
     assert (told["ppo/safety_branch"], told["ppo/safety_branch_std"]) == (0.5, 3.5)  # -3 and 4

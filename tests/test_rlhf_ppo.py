@@ -540,7 +540,7 @@ def test_it_learns_what_is_rewarded(tmp_path_factory, monkeypatch, sign):
     assert statistics.fmean(reward[-3:]) > reward[0] + 0.25
     assert (statistics.fmean(reward[-3:]) > 0.85) if sign > 0 else (statistics.fmean(reward[-3:]) > -0.2)
     assert all(math.isfinite(x) for x in kl) and 0.5 < kl[-1] < 40
-    held = section.results()["held_out"]
+    held = section.results()["watched"]
     assert held["paired_difference"]["mean"] == pytest.approx(held["best"]["mean"] - held["start"]["mean"], abs=1e-5)
     assert held["paired_difference"]["mean"] > 2 * held["standard_error"] > 0 and held["paired_difference"]["low"] > 0
     assert section.results()["best_iteration"] >= 5
@@ -703,7 +703,7 @@ def test_everything_is_told_once_and_only_what_is_needed_stays(watched):
     section = watched[0]
     rows = read_lines(section.folder / "metrics.jsonl")
     assert [r["step"] for r in rows] == [0, 1, 2, 3, 4]
-    assert [r["step"] for r in rows if "ppo/held_out_merged_reward" in r] == [0, 2, 4]
+    assert [r["step"] for r in rows if "ppo/watched_merged_reward" in r] == [0, 2, 4]
     assert all(math.isfinite(v) for r in rows for v in r.values() if v is not None)
     kept = ["DONE", "config.yaml", "manifest.json", "metrics.jsonl", "model", "results.json", "samples.jsonl"]
     assert sorted(p.name for p in section.folder.iterdir()) == kept
@@ -773,8 +773,8 @@ def test_the_best_checkpoint_within_reach_is_the_output(tmp_path_factory, monkey
     assert len(saved) == len(weights[best])
     assert all(any(v.shape == p.shape and torch.equal(v, p) for v in saved.values()) for p in weights[best])
     assert not all(any(v.shape == p.shape and torch.equal(v, p) for v in saved.values()) for p in weights[best - 1])
-    assert told["held_out"]["best"]["mean"] == rewards[best] and told["held_out"]["start"]["mean"] == 0.0
-    assert told["held_out"]["paired_difference"]["mean"] == rewards[best]
+    assert told["watched"]["best"]["mean"] == rewards[best] and told["watched"]["start"]["mean"] == 0.0
+    assert told["watched"]["paired_difference"]["mean"] == rewards[best]
 
 
 # -- numbers that are none -------------------------------------------------------------------------------------------------------------

@@ -38,9 +38,10 @@ def test_the_best_finished_answer_is_kept():
             [answer(9.0, finished=False), answer(-5.0), answer(-4.0)],  # the best was cut off
             [answer(1.0, finished=False), answer(2.0, finished=False)],  # none came to its end
             [answer(7.0, text=""), answer(0.0)],  # the best says nothing
-            [answer(2.0, text="first"), answer(2.0, text="second")]]
+            [answer(2.0, text="first"), answer(2.0, text="second")],
+            [answer(9.0, text="<|im_end|>", spells="<|im_end|>"), answer(-9.0)]]  # no later stage could read the best as text
     kept = select(bags)
-    assert {i: (r["merged"], r["answer"]) for i, r in kept.items()} == {0: (3.0, "x"), 1: (-4.0, "x"), 3: (0.0, "x"), 4: (2.0, "first")}
+    assert {i: (r["merged"], r["answer"]) for i, r in kept.items()} == {0: (3.0, "x"), 1: (-4.0, "x"), 3: (0.0, "x"), 4: (2.0, "first"), 5: (-9.0, "x")}
     assert all(kept[i] in bags[i] and kept[i]["finished"] for i in kept)
 
 
@@ -59,6 +60,12 @@ def test_best_of_n_against_every_subset():
     means = [r["max"] for r in rows]
     assert means == sorted(means) and rows[0]["max"] == pytest.approx(statistics.fmean(x for v in values for x in v))
     assert rows[-1]["max"] == pytest.approx(statistics.fmean(map(max, values)))
+
+
+def test_a_cut_answer_counts_as_its_prompts_lowest():
+    """It is never kept, so it must not raise the curve of what keeping the best of n gives."""
+    bags = [[answer(5.0, finished=False), answer(1.0), answer(0.0)]]
+    assert [r["max"] for r in best_of_n(bags, [1, 3])] == [pytest.approx(1 / 3), 1.0]
 
 
 def test_best_of_n_counts_a_prompt_given_twice_as_one():
@@ -168,7 +175,8 @@ def test_the_results_say_what_was_measured(straight):
     assert told["mean_reward_of_kept_prompts"] == pytest.approx(statistics.fmean(r["merged"] for bag in usable for r in bag))
     best = [max(r["merged"] for r in bag if r["finished"] and r["answer"]) for bag in usable]
     assert told["mean_reward_kept"] == pytest.approx(statistics.fmean(best)) and told["kept"] == len(usable)
-    assert [r["n"] for r in told["best_of_n"]] == [1, 2, 4] and told["best_of_n"][0]["max"] == pytest.approx(told["mean_reward_all"])
+    assert [r["n"] for r in told["best_of_n"]] == [1, 2, 4] and told["best_of_n"][0]["max"] == pytest.approx(
+        statistics.fmean(r["merged"] if r["finished"] and r["answer"] else min(x["merged"] for x in bag) for bag in bags for r in bag))
     assert "0.5 (recipe)" in told["safety_threshold"] and straight.state() == "done"
 
 
