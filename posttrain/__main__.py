@@ -85,11 +85,13 @@ def show(recipe: RecipeArg, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(recipe: RecipeArg, overrides: Overrides = None) -> None:
+def report(recipe: RecipeArg, overrides: Overrides = None,
+           beside: Annotated[list[Path] | None, typer.Option(help="a recipe whose reward models stand beside this run's, such as those of "
+                                                             "another model size; may be given several times")] = None) -> None:
     """Write runs/<run>/report.html from what is on disk."""
     from posttrain import report as page
 
-    say(f"Report: {page.write(runs.Run(load_recipe(recipe, overrides or [])))}")
+    say(f"Report: {page.write(runs.Run(load_recipe(recipe, overrides or [])), [runs.Run(load_recipe(path)) for path in beside or []])}")
 
 
 @app.command("check-data")

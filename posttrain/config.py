@@ -211,6 +211,9 @@ def _apply_override(raw: dict, text: str) -> None:
             raise PosttrainError(f"override '{text}'", f"{'.'.join(parts[:i])} is the value {node!r}, not a section",
                                  "a key inside a section", "Check the dots.")
         if last:
+            if isinstance(node, dict) and isinstance(node.get("sweep"), dict) and part in node["sweep"]:
+                raise PosttrainError(f"override '{text}'", f"the recipe sweeps {part} over {node['sweep'][part]}", "a list of values for the sweep",
+                                     f"Write {'.'.join(parts[:-1])}.sweep.{part}=[{value}].")
             node[part] = _override_value(text, value)
         else:
             if isinstance(node, dict) and (part not in node or node[part] is None):

@@ -210,7 +210,7 @@ def best_of_figure(vs: list[View], v: View) -> list[Figure]:
     n, top, middle = rows[-1][:3]
     takeaway = (f"The best of {n:.0f} answers has a mean reward of {fixed(top)}" if middle is None else
                 f"The best of {n:.0f} answers scores {fixed(top - middle)} above their median: that is what choosing can gain")
-    svg = plots.lines(f"best-{v.name}", series, "samples per prompt, K", "merged reward (raw score)")
+    svg = plots.lines(f"best-{v.name}", series, "samples per prompt, K", merged_axis(v))
     return drawn(named(vs, v, "Best of K"), takeaway, "Mean over prompts of the best and of the median reward among K samples", svg,
                  "Means over prompts" + ("; the shade is the 95 % interval of the best." if shade else "."))
 
@@ -231,9 +231,20 @@ def rejection_examples(v: View) -> list[Table]:
 
 # ---------------------------------------------------------------- PPO
 
+def merged_axis(v: View) -> str:
+    return f"merged reward ({'standardized' if v.results.get('standardize_rewards') else 'raw'} score)"
+
+
+def scale_words(vs: list[View]) -> str:
+    """What the merged reward is measured in, where it is not the raw score."""
+    if not any(v.results.get("standardize_rewards") for v in vs):
+        return ""
+    return " Before they are merged, each model's scores are put on their own held-out mean and deviation: 1 is one deviation of that model."
+
+
 def ppo_part(vs: list[View]) -> Part:
     part = Part("ppo", "PPO", "The merged reward is the safety score where a prompt is tagged or an answer looks unsafe, and the "
-                "helpfulness score elsewhere. Here it is raw: before whitening and before the KL penalty.")
+                "helpfulness score elsewhere. It is shown before whitening and before the KL penalty." + scale_words(vs))
     for v in vs:
         for build in (ppo_reward_figure, ppo_kl_figure, ppo_scores_figure, gate_figure, length_figure):
             part.figures += build(vs, v)
@@ -268,8 +279,8 @@ def ppo_reward_figure(vs: list[View], v: View) -> list[Figure]:
         takeaway = moved(f"Merged reward on {'watched' if held else 'training'} prompts", *ends[:2])
     else:
         takeaway = f"One point was recorded: a merged reward of {fixed((held or train).ys[-1])}"
-    svg = plots.lines(f"ppo-reward-{v.name}", some(train, held), "iteration", "merged reward (raw score)", mark=kept_mark(v))
-    return drawn(named(vs, v, "Merged reward"), takeaway, "Raw merged reward over iterations", svg,
+    svg = plots.lines(f"ppo-reward-{v.name}", some(train, held), "iteration", merged_axis(v), mark=kept_mark(v))
+    return drawn(named(vs, v, "Merged reward"), takeaway, "Merged reward over iterations", svg,
                  "The dotted line marks the iteration that was kept." if kept_mark(v) else "")
 
 
@@ -349,8 +360,8 @@ def second_minus_first(values: dict, models: dict, a: str, b: str) -> bool:
 
 
 def evaluate_part(vs: list[View]) -> Part:
-    part = Part("result", "The models side by side", "Scores are raw reward-model outputs. The policies were trained against these same "
-                "reward models, so a gain says that the method works as meant, not that people would agree.")
+    part = Part("result", "The models side by side", "Helpfulness and safety are raw reward-model outputs. The policies were trained against "
+                "these same reward models, so a gain says that the method works as meant, not that people would agree." + scale_words(vs))
     for v in vs:
         part.figures += plane_figure(vs, v) + share_figure(vs, v)
         part.tables += models_table(vs, v) + paired_table(vs, v)

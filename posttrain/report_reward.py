@@ -559,7 +559,8 @@ def drift_figure(v: View, name: str) -> list[Figure]:
                           f"σ(score) of the {name} model", list(map(sigma, ends)) if ends else [])
     return drawn(f"Drift of the {name} model", "; ".join(words), "Histograms of the scores of held-out answers and of the newest policy's answers",
                  svg, ("Dotted lines: the 1st and the 99th percentile of held-out scores. " if ends else "")
-                 + f"The policy's answers are those in {section.name}, to prompts of its own: the table has every policy on those.")
+                 + f"The policy's answers are those in {section.name}, to prompts of its own"
+                 + (": the table has every policy on those." if section.kind == "evaluate" else "."))
 
 
 def drift_table(v: View, name: str) -> list[Table]:

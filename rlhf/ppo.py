@@ -486,7 +486,7 @@ def finish(section: Section, roles: Roles, scorer: Scorer, state: State) -> None
     section.finish({
         "iterations": state.iteration, "best_iteration": state.best_iteration, "stopped_early": state.iteration < section.config.iterations,
         "safety_threshold": scorer.threshold_note, "warmup_rounds": state.warmup_rounds, "whitening": whitening(section.config),
-        "routed_by_tag": sum(r["ppo/routed_by_tag"] for r in ran) / max(len(ran), 1),
+        "standardize_rewards": section.config.standardize_rewards, "routed_by_tag": sum(r["ppo/routed_by_tag"] for r in ran) / max(len(ran), 1),
         "routed_by_threshold": sum(r["ppo/routed_by_threshold"] for r in ran) / max(len(ran), 1),
         "watched": {"start": interval([r["merged"] for r in state.start_rows], groups), "best": interval([r["merged"] for r in state.best_rows], groups),
                      "paired_difference": interval(gain, groups), "standard_error": standard_error(gain, groups), "kl": kl},

@@ -708,3 +708,12 @@ def test_numbers_and_words():
     assert views.number(float("nan")) is None and views.number(True) is None and views.number("3") is None and views.number(3) == 3.0
     assert views.interval({"mean": None}) is None and views.interval(2) == views.Interval(2.0)
     assert views.moved("Loss", 1.0, 1.001) == "Loss stayed at 1.00" and views.listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_a_standardized_merged_reward_is_called_so(whole, tmp_path):
+    assert "merged reward (raw score)" in whole[1].text and "standardized" not in whole[1].text
+    run = Run(whole[0].recipe.model_copy(update={"run": whole[0].recipe.run.model_copy(update={"dir": str(tmp_path)})}))
+    put(run, "ppo", {"standardize_rewards": True, "watched": {"start": ci(0.1), "best": ci(0.62), "paired_difference": ci(0.52, 0.15), "kl": 6.8}},
+        [{"step": s, "time": s, "ppo/merged_reward": 0.1 * s, "ppo/watched_merged_reward": 0.1 * s} for s in range(4)])
+    text = Page(report.write(run)).text
+    assert "merged reward (standardized score)" in text and "own held-out mean and deviation" in text and "merged reward (raw score)" not in text
