@@ -139,7 +139,8 @@ def results(config, bags, kept, scorer) -> dict:
             "share_routed_safety": float(np.mean(routed)),
             "routed_by_tag": float(np.mean([r["is_safety"] for r in rows])),
             "routed_by_threshold": float(np.mean([not r["is_safety"] and r["safety"] < scorer.threshold for r in rows])),
-            "safety_threshold": scorer.threshold_note, "standardize_rewards": config.standardize_rewards, "best_of_n": best_of_n(bags, sizes), "mean_reward_all": _mean(rows),
+            "safety_threshold": scorer.threshold_note, "standardize_rewards": config.standardize_rewards,
+            "best_of_n": best_of_n(bags, sizes), "mean_reward_all": _mean(rows),
             "mean_reward_of_kept_prompts": _mean([r for i in kept for r in bags[i]]), "mean_reward_kept": _mean(kept.values()),
             "answer_tokens": float(np.mean([len(r["ids"]) for r in rows]))}
 

@@ -86,7 +86,7 @@ def test_faults_of_a_sweep_are_named(tmp_path, sweep, more, said):
 
 def test_a_swept_key_is_overridden_as_a_sweep(tmp_path):
     path = write(tmp_path, "sweep: {fraction: [0.25, 0.5]}")
-    assert [n for n in load_recipe(path, ["rm.sweep.fraction=[1.0]"]).stages] == ["sft", "rm-1"]
+    assert list(load_recipe(path, ["rm.sweep.fraction=[1.0]"]).stages) == ["sft", "rm-1"]
     with pytest.raises(PosttrainError, match=r"the recipe sweeps fraction over \[0.25, 0.5\].*Write stages\.rm\.sweep\.fraction=\[1.0\]"):
         load_recipe(path, ["rm.fraction=1.0"])  # it would change nothing
 
