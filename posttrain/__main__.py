@@ -129,7 +129,7 @@ def score(model: Annotated[Path, typer.Option(help="a reward section (runs/NAME/
           data: Annotated[str, typer.Option(help="pairs, demonstrations, or rows with prompt and answer such as a stage's samples.jsonl", show_default=False)],
           format: Annotated[str | None, typer.Option(help="of the data; guessed from its columns when absent")] = None,
           columns: Annotated[list[str] | None, typer.Option(help="ours=theirs, may be given several times")] = None,
-          output: Annotated[Path | None, typer.Option(help="where the scores go; default NAME.scores.jsonl, here")] = None,
+          output: Annotated[Path | None, typer.Option(help="where the scores go; default DATA.MODEL.scores.jsonl, here")] = None,
           max_length: Annotated[int | None, typer.Option(min=1, help="tokens; default the section's, else 2048")] = None) -> None:
     """A reward model's scores of a file's answers, row by row; of pairs also how often the chosen one is ahead."""
     from importlib import import_module

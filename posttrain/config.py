@@ -199,6 +199,11 @@ def _apply_override(raw: dict, text: str) -> None:
     parts = key.split(".")
     if parts[0] not in Recipe.model_fields and parts[0] in (raw.get("stages") or {}):
         parts.insert(0, "stages")
+    path = ".".join(parts[1:])
+    swept = next((n for n, s in _mappings(raw.get("stages")) if s.get("sweep") and path.startswith(f"{n}-")), None) if parts[0] == "stages" else None
+    if swept and parts[1] not in raw["stages"]:
+        raise PosttrainError(f"override '{text}'", "one section of a sweep", "a key of the swept section, which counts for all of its sections",
+                             f"Write {swept}.KEY=VALUE, or {swept}.sweep.KEY=[VALUES].")
     node = raw
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
@@ -293,6 +298,9 @@ def _expand_sweeps(raw: dict, place: str) -> dict[str, list[str]]:
         if not isinstance(section, dict) or "sweep" not in section:
             stages[name] = section
             continue
+        if section["sweep"] is None:  # switched off
+            stages[name] = {k: v for k, v in section.items() if k != "sweep"}
+            continue
         rest, sweep, key = {k: v for k, v in section.items() if k != "sweep"}, section["sweep"], f"{place}: stages.{name}.sweep"
         kind = rest.setdefault("stage", name)
         known = [k for k in load_config_class(kind).model_fields if k != "stage"] if isinstance(kind, str) and kind in STAGES else []
@@ -311,7 +319,7 @@ def _expand_sweeps(raw: dict, place: str) -> dict[str, list[str]]:
                                      "Change a value or a section's name.")
             stages[member] = rest | dict(zip(sweep, values, strict=True))
             sweeps[name].append(member)
-    if sweeps:
+    if stages:
         raw["stages"] = stages
     return sweeps
 
@@ -347,20 +355,31 @@ def fields_referring_to(config: StageConfig, what: str) -> dict[str, Any]:
     return out
 
 
+def _mappings(value) -> list[tuple[str, dict]]:
+    """The entries of a mapping that are mappings."""
+    return [(k, v) for k, v in value.items() if isinstance(v, dict)] if isinstance(value, dict) else []
+
+
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Read, override and check a recipe. Raises PosttrainError naming the file and key at fault."""
     path = Path(path)
     raw = read_yaml(path)
-    seen = [path]
+    seen, inherited = [path], set()
     while "extends" in raw:
         parent = (seen[-1].parent / str(raw.pop("extends"))).resolve()
         if parent in [p.resolve() for p in seen]:
             raise PosttrainError(str(path), f"'extends' comes back to {parent}", "a chain that ends", "Remove one 'extends'.")
         seen.append(parent)
         below = read_yaml(parent)
+        inherited |= set(below.get("stages") or {})
+        for name, section in _mappings(raw.get("stages")):
+            swept = dict(_mappings(below.get("stages"))).get(name, {}).get("sweep")
+            for key in set(section) & set(swept or ()) if "sweep" not in section else ():
+                raise PosttrainError(f"{seen[-2]}: stages.{name}.{key}", f"{section[key]!r}, while {parent.name} sweeps it over {swept[key]}",
+                                     "one of the two", "Write sweep: null beside it to switch the sweep off.")
         raw = _merge(below, raw)
-        if isinstance(raw.get("stages"), dict):  # `NAME: null` leaves out a section of the recipe below
-            raw["stages"] = {n: s for n, s in raw["stages"].items() if s is not None or n not in (below.get("stages") or {})}
+    if isinstance(raw.get("stages"), dict):  # `NAME: null` leaves out a section of a recipe below
+        raw["stages"] = {n: s for n, s in raw["stages"].items() if s is not None or n not in inherited}
     for text in overrides:
         _apply_override(raw, text)
     place = str(path)

@@ -187,6 +187,7 @@ def rejection_part(vs: list[View]) -> Part:
     part.facts = facts("Rejection sampling in numbers", vs, [v.name for v in vs], [
         ("prompts", at("prompts")), ("samples a prompt", at("samples_per_prompt")), ("temperature", at("temperature")),
         ("samples", at("samples")), ("kept", at("kept")), ("unfinished", at("unfinished")),
+        ("spelling a turn token", at("spelling_a_turn_token")),
         ("tokens of an answer", at("answer_tokens", form=fixed, digits=0)),
         ("safety score counts", at("share_routed_safety", form=percent)),
         ("mean merged reward, all", at("mean_reward_all", form=fixed)), ("mean merged reward, kept", at("mean_reward_kept", form=fixed)),

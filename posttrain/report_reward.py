@@ -73,7 +73,8 @@ def reward_part(every: list[View]) -> Part:
     scores = [figure for v in swept for figure in histogram_figure(v, v.name)]
     part.folds += [Fold("Scores of the other models compared", scores)] if scores else []
     part.folds += everything(mine)
-    part.notes = [f"{v.name} is not compared: it is measured on other held-out pairs" for v in every if v.elsewhere and v not in swept]
+    part.notes = [f"{v.name} is not compared: it is measured on other held-out pairs, or set up like one that is shown"
+                  for v in every if v.elsewhere and v not in swept]
     return part
 
 
@@ -289,7 +290,8 @@ def settings(v: View) -> dict:
     inputs, start = v.manifest.get("inputs"), f"stages.{word(v.manifest.get('section'), v.name)}."
     found = {k.removeprefix(start): x for k, x in inputs.items() if k.startswith(start)} if isinstance(inputs, dict) else {}
     found = {k: x if isinstance(x, (str, int, float)) or x is None else json.dumps(x, default=str) for k, x in found.items()}
-    return found | {"parameters": v.get("parameters")}
+    model = {k: json.dumps(x, default=str) for k, x in inputs.items() if k.startswith("model.")} if isinstance(inputs, dict) else {}
+    return found | model | {"parameters": v.get("parameters")}
 
 
 def domain(v: View) -> tuple | None:
@@ -402,7 +404,7 @@ def size_figure(f: Family) -> list[Figure]:
     found = curve(f"size-{f.members[0].name}", "parameters", points, "parameters of the base (logarithmic)", size) if len(points) > 1 else None
     if not found:
         return []
-    other = [plain(k) for k in f.varied if k not in ("parameters", "fraction", "seed")]
+    other = [plain(k) for k in f.varied if k not in ("parameters", "fraction", "seed", "model.name_or_path", "model.revision")]
     return drawn(f"Accuracy against the size of the base ({f.name} model)", found[1],
                  "Accuracy on all held-out pairs, length-balanced, and on significantly better pairs, over the number of parameters", found[0],
                  "Bars are 95 % intervals, by prompt, on the same held-out pairs at every point."
@@ -497,7 +499,7 @@ def sweep_table(f: Family) -> list[Table]:
 def policy_scores(v: View) -> tuple[View, dict[str, list[float]]] | None:
     """The run's last section that scored answers with this model, and its raw scores by policy, the newest policy last."""
     reference = f"@{word(v.manifest.get('section'), v.name)}"
-    for other in reversed(v.run):
+    for other in reversed([o for o in v.run if not o.gone]):
         start = f"stages.{word(other.manifest.get('section'), other.name)}."
         score = next((k for k in ("helpfulness", "safety") if dig(other.manifest, "inputs", start + k) == reference), None)
         if score is None:

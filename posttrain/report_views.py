@@ -172,6 +172,7 @@ class View:
     metrics: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     run: list["View"] = field(default_factory=list, repr=False)  # every section of its run, parents first
+    gone: bool = False  # left over: the recipe no longer has it
     elsewhere: bool = False  # of another run, shown beside this one
 
     @property
@@ -266,6 +267,7 @@ def views(run: Run) -> list[View]:
         if folder.name not in known and not folder.name.startswith("."):
             view = look(folder, folder.name, "unknown")
             view.notes.append("the recipe no longer has this section")
+            view.gone = True
             out.append(view)
     for view in out:
         view.run = out

@@ -60,6 +60,10 @@ def load_scorer(section: Section, roles: Roles, helpfulness: str, safety: str, t
         _same_tokenizer(section, roles, source, name)
         roles.add(name, source, head="saved")
         told = read_json(source.parent / "results.json")
+        if section.config.standardize_rewards and not told.get("score_std"):
+            raise PosttrainError(f"{section.place}.standardize_rewards", f"the {name} model in {source.parent.name} has no mean and deviation of "
+                                 "held-out scores", "reward models trained with held-out pairs of their own",
+                                 "Set data.held_out.pairs, or standardize_rewards: false.")
         statistics[name] = (told.get("score_mean") or 0.0, told.get("score_std") or 1.0)
         auto = told.get("threshold_precision_90") if name == "safety" else None
     share, note = (0.15, "0.15 (the paper's)") if threshold == "auto" and auto is None else (auto, "precision 0.9 on its held-out rows") \

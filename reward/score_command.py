@@ -38,7 +38,7 @@ def run(model: Path, data: str, format: str | None, columns: dict[str, str], out
     found = find(model)
     limit = max_length or found.max_length
     loaded = read(data, format, columns)
-    output = output or Path(Path(data.removesuffix(".gz")).stem + ".scores.jsonl")
+    output = output or default_output(found.folder, Path(data.removesuffix(".gz")))
     _check_output(output, data)
 
     # 2. Token ids.
@@ -71,6 +71,12 @@ def run(model: Path, data: str, format: str | None, columns: dict[str, str], out
         shown = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
         say(f"{len(rows)} row{'s' * (len(rows) != 1)} {what} left without a score: row {shown}")
     say(f"Scores: {output}")
+
+
+def default_output(model: Path, data: Path) -> Path:
+    """A name of its own for every file under every model: the section's before it for what a stage wrote, since all call it samples.jsonl."""
+    stage = f"{data.resolve().parent.name}-" if (data.resolve().parent / "manifest.json").exists() else ""
+    return Path(f"{stage}{data.stem}.{(model.parent if model.name == 'model' else model).resolve().name}.scores.jsonl")
 
 
 # -- the model -----------------------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def run(section: Section) -> None:
     if not pairs:
         raise PosttrainError(f"{section.place}.own", "no pair is left to train on", "at least one", "Check the data and max_length.")
     held, held_too_long = {}, 0
-    drift, drift_known = drift_pairs(section, pairs)
+    drift, drift_known = drift_pairs(section, [*own, *other])
     for name, rows in (("own", own_held), ("other", other_held), *([("drift", drift)] if config.drift else [])):
         held_trees, held_kept, long = encode(rows, roles.tokenizer, config.max_length)
         held[name] = (held_trees, [rows[i] for i in held_kept])
@@ -126,7 +126,7 @@ def run(section: Section) -> None:
                     f"held out: {len(held['own'][1])} own, {len(held['other'][1])} other"
                     f"{f', {len(drift)} of the newest policy' if config.drift else ''}")
     if drift_known:
-        section.log.say(f"{drift_known} pair{'s' * (drift_known != 1)} of drift left out: training has their prompts")
+        section.log.say(f"{drift_known} pair{'s' * (drift_known != 1)} of drift left out: the training data has their prompts")
     if unsafe_preferred:
         section.log.say(f"{unsafe_preferred} pair{'s' * (unsafe_preferred != 1)} that prefer an unsafe answer to a safe one left out of training (paper 3.2.1)")
     if held_too_long:
@@ -154,7 +154,7 @@ def run(section: Section) -> None:
         "parameters": parameters(role.net.config), "fraction": config.fraction, "seed": seed,
         "composition": composition, "too_long": len(too_long), "held_out_too_long": held_too_long,
         "unsafe_preferred": unsafe_preferred, "train_pairs": len(pairs), "steps": steps, "batch_size": batch,
-        "score_mean": float(np.mean(flat)), "score_std": float(np.std(flat)), "held_out": results,
+        "score_mean": float(np.mean(flat)) if raw["own"] else None, "score_std": float(np.std(flat)) if raw["own"] else None, "held_out": results,
         "score_range_98": np.percentile(flat, [1, 99]).tolist() if raw["own"] else None,
         **({"drift_prompts_in_training": drift_known} if config.drift else {}),
         "threshold_precision_90": results["own"].get("threshold_precision_90"),
@@ -163,7 +163,7 @@ def run(section: Section) -> None:
 
 
 def drift_pairs(section: Section, trained: list[Pair]) -> tuple[list[Pair], int]:
-    """Every pair of the `drift` data sets whose prompt is not trained on, and how many are left out because theirs is."""
+    """Every pair of the `drift` data sets whose prompt no training data has, and how many are left out because theirs is there."""
     pairs = [p for part in gather(section, section.config.drift, "drift") for p in part]
     known = {prompt_key(p) for p in trained}
     kept = [p for p in pairs if prompt_key(p) not in known]

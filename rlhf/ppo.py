@@ -120,7 +120,7 @@ def load_roles(section: Section) -> tuple[Roles, Scorer]:
     torch.manual_seed(section.seed)
     roles.add("policy", start, trainable=True)
     roles.add("reference", start)
-    roles.add("critic", source_of(section, config.helpfulness), trainable=True, head="zero")
+    roles.add("critic", source_of(section, config.helpfulness), trainable=True, head="zero", fresh_adapter=False)
     budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["policy"]))
     scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
     return roles, scorer
@@ -260,7 +260,7 @@ def tripwire(section: Section, roles: Roles, deviation: float) -> None:
 
 
 def warn(section: Section, row: dict, kl: Tensor, warned: set[str]) -> None:
-    """Signs that PPO goes wrong without a number becoming infinite. Each is told once; the run goes on.
+    """Signs that PPO goes wrong without a number becoming infinite. Each is told once a process; the run goes on.
 
     row: the iteration's metrics; kl (B,) log p_policy - log p_reference of each sampled answer, whose mean can't be far below 0.
     """
@@ -270,8 +270,8 @@ def warn(section: Section, row: dict, kl: Tensor, warned: set[str]) -> None:
         "kl_sign": (mean < -3 * error and mean < -0.5, f"the KL estimate is {mean:.2f} nats, {-mean / max(error, 1e-9):.1f} standard errors below 0: "
                     "the sampler's and the trainer's log-probabilities may disagree; compare model.dtype: float32"),
         "kl_size": (mean > limit, f"the policy is {mean:.1f} nats from its start (limit {limit:g}): raise kl_coef or lower learning_rate"),
-        "finished": (row["ppo/finished"] < FEW_FINISHED, f"only {row['ppo/finished']:.0%} of the answers came to their end: raise max_new_tokens, "
-                     "or set unfinished_score"),
+        "finished": (row["ppo/finished"] < FEW_FINISHED, f"only {row['ppo/finished']:.0%} of the answers came to their end: raise max_new_tokens"
+                     + (", or set unfinished_score" if section.config.unfinished_score is None else "")),
     }
     for name, (wrong, text) in signs.items():
         if wrong and name not in warned:

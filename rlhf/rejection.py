@@ -57,7 +57,7 @@ def run(section: Section) -> None:
     section.finish(told)
     section.log.say(f"{len(kept)} of {len(bags)} prompts keep their best answer; mean merged reward of their answers "
                     f"{told['mean_reward_of_kept_prompts']:.3f} -> {told['mean_reward_kept']:.3f}; "
-                    f"{sum(not r['finished'] for r in rows)} of {len(rows)} samples were cut off and dropped")
+                    f"of {len(rows)} samples {why_unusable(rows)}")
 
 
 def _prompts(section: Section) -> list[Prompt]:
@@ -86,6 +86,13 @@ def usable(row: dict) -> bool:
     return bool(row["finished"] and row["answer"] and not row.get("spells"))
 
 
+def why_unusable(rows: list[dict]) -> str:
+    """'12 were cut off, 1 empty, 0 spelled a turn token'."""
+    finished = [r for r in rows if r["finished"]]
+    return (f"{len(rows) - len(finished)} were cut off, {sum(not r['answer'] for r in finished)} empty, "
+            f"{sum(bool(r.get('spells')) for r in finished)} spelled a turn token")
+
+
 def select(bags: list[list[dict]]) -> dict[int, dict]:
     """The usable answer with the highest merged reward of every bag; a bag without one keeps none."""
     out = {}
@@ -98,7 +105,7 @@ def select(bags: list[list[dict]]) -> dict[int, dict]:
 def write_outputs(section: Section, bags: list[list[dict]], kept: dict[int, dict]) -> None:
     """data.jsonl: the kept answers as demonstrations (loss on the sampled reply alone). samples.jsonl: every sample."""
     if not kept:
-        raise PosttrainError(section.place, "not one answer came to its end", "finished answers",
+        raise PosttrainError(section.place, f"no sample can be kept: {why_unusable([r for bag in bags for r in bag])}", "finished answers",
                              "Raise max_new_tokens, or train the policy to end its answers.")
     lines = [json.dumps({"messages": [*r["prompt"], {"role": "assistant", "content": r["answer"]}], "loss": "last", "source": section.name,
                          "merged": r["merged"]}, ensure_ascii=False) for _, r in sorted(kept.items())]

@@ -174,11 +174,20 @@ def test_the_longest_row_is_the_section_s_or_2048(adapter, tmp_path):
     assert score_command.find(shutil.copytree(adapter.model, tmp_path / "m")).max_length == 2048
 
 
+def test_every_stages_samples_get_a_file_of_their_own(tmp_path):
+    for section in ("ppo", "eval"):
+        (tmp_path / section).mkdir()
+        (tmp_path / section / "manifest.json").touch()
+    names = {score_command.default_output(tmp_path / m / "model", tmp_path / s / "samples.jsonl").name for m in ("rm_a", "rm_b") for s in ("ppo", "eval")}
+    assert names == {f"{s}-samples.{m}.scores.jsonl" for m in ("rm_a", "rm_b") for s in ("ppo", "eval")}
+
+
 def test_scores_lie_in_the_working_folder_unless_told_otherwise(adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["score", "--model", str(adapter.model), "--data", str(adapter.data)])
-    assert result.exit_code == 0 and "Scores: held.scores.jsonl" in result.output
-    assert [p.name for p in tmp_path.iterdir()] == ["held.scores.jsonl"] and len(read_lines(tmp_path / "held.scores.jsonl")) == 16
+    name = f"held.{adapter.section.name}.scores.jsonl"
+    assert result.exit_code == 0 and f"Scores: {name}" in result.output
+    assert [p.name for p in tmp_path.iterdir()] == [name] and len(read_lines(tmp_path / name)) == 16
     assert not list(adapter.data.parent.glob("*.scores*"))
 
 

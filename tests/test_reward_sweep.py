@@ -91,6 +91,29 @@ def test_a_swept_key_is_overridden_as_a_sweep(tmp_path):
         load_recipe(path, ["rm.fraction=1.0"])  # it would change nothing
 
 
+def test_a_sweep_takes_the_place_of_a_value_below_and_null_switches_it_off(tmp_path):
+    below = write(tmp_path, "fraction: 0.3")
+    mine = tmp_path / "sweep.yaml"
+    mine.write_text(f"extends: {below.name}\nstages: {{rm: {{sweep: {{fraction: [0.25, 0.5]}}}}}}\n")
+    assert [c.fraction for n, c in load_recipe(mine).stages.items() if n != "sft"] == [0.25, 0.5]
+    off = tmp_path / "off.yaml"
+    off.write_text("extends: sweep.yaml\nstages: {rm: {sweep: null, fraction: 0.75}}\n")
+    assert load_recipe(off).stages["rm"].fraction == 0.75
+    off.write_text("extends: sweep.yaml\nstages: {rm: {fraction: 0.75}}\n")
+    with pytest.raises(PosttrainError, match=r"off\.yaml: stages\.rm\.fraction: 0\.75, while sweep\.yaml sweeps it over \[0\.25, 0\.5\]"):
+        load_recipe(off)
+    with pytest.raises(PosttrainError, match=r"one section of a sweep.*Write rm\.KEY=VALUE"):
+        load_recipe(mine, ["stages.rm-0.25.batch_size=2"])
+
+
+def test_a_section_left_out_stays_out_along_the_chain(tmp_path):
+    write(tmp_path, "fraction: 0.3", "  chat: {stage: export, model: '@rm'}\n")
+    (tmp_path / "middle.yaml").write_text("extends: mine.yaml\nstages: {chat: {model: '@sft'}}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("extends: middle.yaml\nstages: {chat: null}\n")
+    assert list(load_recipe(top).stages) == ["sft", "rm"]
+
+
 def test_a_section_set_to_null_is_left_out_of_the_recipe_below(tmp_path):
     write(tmp_path, "fraction: 1.0")
     child = tmp_path / "child.yaml"
@@ -206,7 +229,7 @@ def test_drift_pairs_are_measured_and_change_nothing_else(make_run, capsys):
     out = " ".join(capsys.readouterr().out.split())
     with_drift, without = told(run, "rm"), told(run, "plain")
     assert with_drift["held_out"]["drift"]["pairs"] == 7 and with_drift["held_out"]["drift"]["prompts"] == 7
-    assert with_drift["drift_prompts_in_training"] == 5 and "5 pairs of drift left out: training has their prompts" in out
+    assert with_drift["drift_prompts_in_training"] == 5 and "5 pairs of drift left out: the training data has their prompts" in out
     assert "7 of the newest policy" in out and set(with_drift["held_out"]) == {"own", "other", "drift"}
     assert set(without["held_out"]) == {"own", "other"} and "drift_prompts_in_training" not in without
     a, b = ((run.folder / n / "model" / "adapter_model.safetensors").read_bytes() for n in ("rm", "plain"))

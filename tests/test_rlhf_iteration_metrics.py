@@ -54,7 +54,7 @@ def test_the_sampling_alone_is_timed(monkeypatch):
 ])
 def test_signs_of_trouble_are_told_once(row, kl, said):
     lines, warned = [], set()
-    section = SimpleNamespace(config=SimpleNamespace(max_kl=None), log=SimpleNamespace(say=lines.append))
+    section = SimpleNamespace(config=SimpleNamespace(max_kl=None, unfinished_score=None), log=SimpleNamespace(say=lines.append))
     for _ in range(3):
         ppo.warn(section, row, torch.tensor(kl), warned)
     assert len(lines) == (said is not None) and all(said in line and line.startswith("warning: ") for line in lines)

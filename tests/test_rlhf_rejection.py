@@ -283,6 +283,6 @@ def test_another_seed_draws_other_prompts_and_samples(straight):
 def test_when_no_answer_ends_nothing_is_made_up(tmp_path_factory, tmp_path):
     run = make_run(tmp_path_factory, tmp_path, {"s": STAGE | {"rows": 4, "max_new_tokens": 1, "samples_per_prompt": 1}})
     section = started(run, "s")
-    with pytest.raises(PosttrainError, match=r"not one answer came to its end.*Raise max_new_tokens"):
+    with pytest.raises(PosttrainError, match=r"no sample can be kept: 4 were cut off.*Raise max_new_tokens"):
         rejection.run(section)
     assert section.state() == "started" and not (section.folder / "data.jsonl").exists()

@@ -360,6 +360,11 @@ def test_auto_reads_what_the_safety_model_measured_on_its_own_rows(tmp_path_fact
     assert cuts and scorer.threshold == pytest.approx(max(cuts), abs=1e-4)
 
 
+def test_a_scale_needs_held_out_scores(tmp_path_factory, tmp_path):
+    with pytest.raises(PosttrainError, match=r"standardize_rewards: the safety model in .* has no mean and deviation of held-out scores"):
+        scorer_of(tmp_path_factory, tmp_path, {"score_mean": None, "score_std": None}, 0.15, standardize_rewards=True)
+
+
 def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path_factory, tmp_path):
     run = make_run(tmp_path_factory, tmp_path, {"e": STAGE})
     path = run.folder / "reward_safety" / "model" / "tokenizer.json"
