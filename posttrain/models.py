@@ -438,6 +438,8 @@ class Roles:
         """Last hidden states (B*T, d) of a micro-batch under a role."""
         role = self.use(name)
         extra = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        if batch.tree_spans is not None and role.net.config._attn_implementation == attention.NAME:
+            extra["tree_spans"] = batch.tree_spans  # what the mask says, for our attention on a CPU
         out = role.body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra)
         return out.last_hidden_state.flatten(0, 1)
 

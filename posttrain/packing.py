@@ -73,6 +73,7 @@ class MicroBatch:
     last: Tensor
     items: list[int]
     tokens: int  # real ones
+    tree_spans: list[list[tuple[int, int]]] | None = None  # of rows with several answers: each row's answers' (start, end)
 
     def to(self, device) -> "MicroBatch":
         for name, value in vars(self).items():
@@ -146,7 +147,9 @@ def _rows(trees: list[Tree], indices: list[int], pad: int) -> MicroBatch:
                 positions[row, a:b] = torch.arange(t.prompt, t.prompt + b - a)
                 mask[row, 0, a:, t.prompt:a] = False
             flat.add(i, row * width, [t.prompt - 1 if p == a else p - 1 for p in t.counted[k]], [t.ids[p] for p in t.counted[k]], b - 1)
-    return flat.batch(ids, positions, mask, sum(len(trees[i]) for i in indices))
+    batch = flat.batch(ids, positions, mask, sum(len(trees[i]) for i in indices))
+    batch.tree_spans = [trees[i].spans for i in indices] if branching else None
+    return batch
 
 
 def _packed(trees: list[Tree], indices: list[int]) -> MicroBatch:

@@ -34,7 +34,7 @@ def tree_mask(b, t):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "tree"])
-@pytest.mark.parametrize("t", [2, 9, 65, 513])
+@pytest.mark.parametrize("t", [2, 9, 65, 300, 1024, 1025])
 def test_output_and_gradients_follow_the_definition(t, masked):
     q, k, v = tensors(2, 4, 2, t, 16)
     mask = tree_mask(2, t) if masked else torch.ones(t, t, dtype=torch.bool).tril()
@@ -47,6 +47,28 @@ def test_output_and_gradients_follow_the_definition(t, masked):
     (expected * cotangent.double()).sum().backward()
     for a, b in zip(got, [expected, q2.grad, k2.grad, v2.grad], strict=True):
         assert a.dtype == torch.bfloat16 and (a.double() - b).abs().max() <= 0.03 * b.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("spans", [[[(5, 40), (40, 300)], [(250, 260), (260, 270), (270, 291)]], [[(1, 2)], [(100, 300)]]], ids=["branching", "single"])
+def test_rows_of_a_tree_see_their_prompt_and_their_own_answer(spans):
+    """Taken one by one from APART tokens on, to the same numbers as under their mask; padding is nobody's business."""
+    t = 300
+    assert t >= attention.APART > attention.BLOCK
+    mask, real = torch.ones(t, t, dtype=torch.bool).tril().repeat(2, 1, 1, 1), torch.zeros(2, t, dtype=torch.bool)
+    for row, of in enumerate(spans):
+        real[row, :of[-1][1]] = True
+        for a, b in of[1:]:
+            mask[row, 0, a:b, of[0][0]:a] = False
+    q, k, v = tensors(2, 4, 2, t, 16)
+    out, _ = attention.short_attention(Layer, q, k, v, mask, scaling=16 ** -0.5, tree_spans=spans)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)) * real[..., None, None]
+    (out.float() * cotangent).sum().backward()
+    q2, k2, v2 = (x.detach().double().requires_grad_() for x in (q, k, v))
+    expected = definition(q2, k2, v2, mask)
+    (expected * cotangent.double()).sum().backward()
+    for a, b in ((out[real], expected[real]), (q.grad, q2.grad), (k.grad, k2.grad), (v.grad, v2.grad)):
+        assert a.isfinite().all() and (a.double() - b).abs().max() <= 0.03 * b.abs().max() + 1e-6
+    assert not out[~real].any()
 
 
 def test_one_token_against_the_definition():
@@ -88,6 +110,23 @@ def test_a_bfloat16_model_gives_the_scores_of_transformers_sdpa(make_roles, scra
     exact = found["float32", "sdpa", "rows"]
     for (dtype, kind, layout), got in found.items():
         assert (got - exact).abs().max() < (0.15 if dtype == "bfloat16" else 1e-4), (dtype, kind, layout)
+
+
+def test_a_long_tree_reaches_it_with_its_spans(make_roles, monkeypatch):
+    from transformers import AttentionInterface
+
+    from posttrain.packing import collate, tree
+
+    seen, real = [], attention.short_attention
+    one = tree(list(range(3, 150)), [list(range(9, 80)), list(range(50, 90))])
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        roles = make_roles(dtype=dtype)
+        roles.add("base")  # registers the function: it is replaced after that
+        monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, lambda *a, **more: seen.append(more.get("tree_spans")) or real(*a, **more))
+        with torch.no_grad():
+            found[dtype] = roles.logprobs("base", collate([one], [0]))
+    assert seen == [[one.spans]] * 4 and (found["bfloat16"] - found["float32"]).abs().max() < 0.15
 
 
 def test_packed_documents_reach_it_with_a_mask_of_blocks(make_roles, monkeypatch):
