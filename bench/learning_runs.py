@@ -139,3 +139,12 @@ def percent(value: dict | float | None, gap: bool = False) -> str:
 
 def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body]])
+
+
+def publish(out: Path, result: dict, text: str) -> None:
+    """Write results.json and results.md; say how each check of result["checks"] went."""
+    write_json(out / "results.json", {**result, **provenance()})
+    write_atomic(out / "results.md", text)
+    for what, ok in result["checks"].items():
+        say(f"{'passed' if ok else 'FAILED'}: {what}", style=None if ok else "bold red")
+    say(f"Report: {out / 'results.md'}")

@@ -24,6 +24,7 @@ from bench.learning_runs import (
     announce,
     load_pairs,
     percent,
+    publish,
     real_data,
     run_units,
     score_adapter,
@@ -35,7 +36,7 @@ from posttrain.data import prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.log import Ticker, say
-from posttrain.runs import digest, provenance, read_json, write_atomic, write_json
+from posttrain.runs import digest, read_json, write_json
 from reward.config import RewardStage
 
 # Ten of 34 models, from strong to weak (78 % to 22 % of their pairs won), chosen so that many pairs join two of them (311 of 3,976, in three
@@ -394,11 +395,7 @@ def report(out: Path, must: bool) -> None:
             raise PosttrainError(str(out), "there is nothing to report yet", waits, "Run the experiment first.")
         say(f"The report waits for {waits}.")
         return
-    write_json(out / "results.json", {**result, **provenance()})
-    write_atomic(out / "results.md", render(result))
-    for what, ok in result["checks"].items():
-        say(f"{'passed' if ok else 'FAILED'}: {what}", style=None if ok else "bold red")
-    say(f"Report: {out / 'results.md'}")
+    publish(out, result, render(result))
 
 
 def _rate(args, told: dict, found: dict, side: str) -> float:

@@ -26,6 +26,7 @@ from bench.learning_runs import (
     announce,
     load_pairs,
     percent,
+    publish,
     real_data,
     run_units,
     score_adapter,
@@ -37,7 +38,7 @@ from posttrain.data import load_entry, prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.log import say
-from posttrain.runs import digest, folder_digest, provenance, read_json, write_atomic, write_json
+from posttrain.runs import digest, folder_digest, read_json, write_json
 
 RECIPE, STAGE = Path("recipes/smollm2-135m.yaml"), "reward_safety"
 ARMS = ("with", "without")
@@ -221,11 +222,7 @@ def report(out: Path, must: bool) -> None:
             raise PosttrainError(str(out), "not every fold has both models", "all units of one experiment", "Run the experiment first.")
         say("The report waits for the other units.")
         return
-    write_json(out / "results.json", {**result, **provenance()})
-    write_atomic(out / "results.md", render(result))
-    for what, ok in result["checks"].items():
-        say(f"{'passed' if ok else 'FAILED'}: {what}", style=None if ok else "bold red")
-    say(f"Report: {out / 'results.md'}")
+    publish(out, result, render(result))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -301,10 +301,7 @@ def check_recipe(recipe: Recipe) -> Report:
 
 def check_file(path: str | Path, format: str | None = None, columns: dict[str, str] | None = None) -> Report:
     """One local file (or hub name with a format). Without a format, the one that fits its first rows."""
-    if format is not None and format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1)
-        raise PosttrainError("check-data", f"unknown format '{format}'", f"one of {', '.join(FORMATS)}", f"Did you mean '{near[0]}'?" if near else "")
-    chosen = format or guess_format(Path(path), columns or {})
+    chosen = choose_format(Path(path), format, columns or {}, "check-data")
     report = check({Path(path).name: [DataEntry(path=str(path), format=chosen, columns=columns or {})]}, Path(), str(path))
     if format is None:
         report.notes.append(f"format: {chosen} (guessed from the columns; --format takes another)")
@@ -319,6 +316,14 @@ def _usable(name: str, row: dict) -> bool:
     except Skip:
         pass
     return True
+
+
+def choose_format(path: Path, format: str | None, columns: dict[str, str], place: str) -> str:
+    """The format asked for, if there is such a one; without one, the one that fits the first rows."""
+    if format is not None and format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, n=1)
+        raise PosttrainError(place, f"unknown format '{format}'", f"one of {', '.join(FORMATS)}", f"Did you mean '{near[0]}'?" if near else "")
+    return format or guess_format(path, columns)
 
 
 def guess_format(path: Path, columns: dict[str, str]) -> str:

@@ -408,6 +408,9 @@ def stage_home(kind: str) -> str:
     return STAGES[kind].module.split(".")[0]
 
 
+MAKERS = {"data": "Name a rejection section or a data set.", "a model": "Name an sft, reward or ppo section.", "a report": "Name an evaluate section."}
+
+
 def preflight(run: Run, names: list[str] | None = None) -> None:
     """Everything that can be wrong and seen without loading a model: data rows, built-in packages, local model folders, references."""
     from posttrain import builtin
@@ -423,16 +426,12 @@ def preflight(run: Run, names: list[str] | None = None) -> None:
         raise PosttrainError(f"{recipe.path}: model.quantization", f"'{recipe.model.quantization}' without model.lora", "adapters on a quantized base",
                              "Add model.lora: {r: 16, alpha: 32}, or set quantization: none.")
     for name in names or recipe.stages:
-        for field_name, value in cfg.fields_referring_to(recipe.stages[name], "data").items():
-            for ref in (r for r in value if r.startswith("@")):
-                made = STAGES[recipe.stages[ref[1:]].stage].makes
-                if made != "data":
-                    raise PosttrainError(f"{recipe.path}: stages.{name}.{field_name}", f"'{ref}' makes a {made}", "a section that makes data",
-                                         "Name a rejection section or a data set.")
-        for field_name, value in cfg.fields_referring_to(recipe.stages[name], "model").items():
-            wanted, do = ("report", "Name an evaluate section.") if field_name == "evaluation" else ("model", "Name an sft, reward or ppo section.")
-            for ref in value.values() if isinstance(value, dict) else [value]:
-                made = STAGES[recipe.stages[ref[1:]].stage].makes if ref.startswith("@") else wanted
+        fields = [(what, *item) for what in ("data", "model") for item in cfg.fields_referring_to(recipe.stages[name], what).items()]
+        for what, field_name, value in fields:
+            wanted = "a report" if field_name == "evaluation" else {"data": "data", "model": "a model"}[what]
+            for ref in cfg.references(value):
+                made = STAGES[recipe.stages[ref].stage].makes
+                made = made if made == "data" else f"a {made}"
                 if made != wanted:
-                    raise PosttrainError(f"{recipe.path}: stages.{name}.{field_name}", f"'{ref}' makes {'data' if made == 'data' else f'a {made}'}",
-                                         f"a section that makes a {wanted}", do)
+                    raise PosttrainError(f"{recipe.path}: stages.{name}.{field_name}", f"'@{ref}' makes {made}", f"a section that makes {wanted}",
+                                         MAKERS[wanted])

@@ -1,7 +1,6 @@
 """`python -m posttrain score`: the answers in a file under a finished reward model, row by row. Whatever can be wrong with the folder or the
 data is told before the model is loaded."""
 
-import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from posttrain.config import DataEntry, ModelConfig, read_yaml
 from posttrain.data import Finding, Loaded, file_kind, load_entry, read_rows, renamed
 from posttrain.errors import PosttrainError
 from posttrain.formats import FORMATS, Demonstration, Pair, RowError, missing_column
-from posttrain.lint import guess_format
+from posttrain.lint import choose_format
 from posttrain.log import Ticker, say
 from posttrain.runs import read_json, write_atomic
 
@@ -186,11 +185,8 @@ def load(model: Model, tokenizer) -> tuple:
 
 def read(data: str, format: str | None, columns: dict[str, str]) -> Loaded:
     """Every row of --data as a pair or a demonstration. Raises at the first row that cannot be used, and where nothing has an answer."""
-    if format is not None and format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1)
-        raise PosttrainError("--format", f"unknown format '{format}'", f"one of {', '.join(FORMATS)}", f"Did you mean '{near[0]}'?" if near else "")
     path = Path(data).expanduser()
-    chosen = format or guess_format(path, columns)
+    chosen = choose_format(path, format, columns, "--format")
     if chosen == "prompt" and _answered(path, columns):
         loaded = _samples(path, data, columns)
     elif FORMATS[chosen].kind == "prompt":
