@@ -3,10 +3,13 @@
 torch's CPU flash kernel is built for long sequences: at 64 to 700 bf16 tokens its backward pass costs more than the matrix products
 it saves. Here the scores are made outright, block of rows by block of rows, so that what the causal mask hides is hardly ever computed:
 float32 scores and softmax, probabilities in the input's dtype, the query heads of one key/value head side by side in one product (so
-grouped keys are never repeated). In a tree, a later answer's rows meet the prompt's keys and their own, never the other answers'. A
-decoding step does the same for one row. Longer sequences and other dtypes go to transformers' sdpa function as they are.
+grouped keys are never repeated). In a tree, a later answer's rows meet the prompt's keys and their own, never the other answers'. The
+backward pass is written out: autograd's slices would fill and add whole tensors for every block. A decoding step does the same for
+one row. Longer sequences and other dtypes go to transformers' sdpa function as they are.
 """
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -24,54 +27,116 @@ def short_attention(module, query: Tensor, key: Tensor, value: Tensor, attention
     for each row its answers' (start, end), where the mask says no more than that. Returns (B, T, H, d), as transformers' functions do."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    b, h, t, d = query.shape
-    g, scaling = key.shape[1], scaling or d ** -0.5
-    if t == 1 and attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1:
-        return _one_token(query, key, value, attention_mask, scaling), None
+    t, scaling = query.shape[2], scaling or query.shape[3] ** -0.5
     boolean = attention_mask is None or attention_mask.dtype == torch.bool
+    if t == 1 and attention_mask is not None and boolean and attention_mask.shape[1] == 1:
+        return _one_token(query, key, value, attention_mask, scaling), None
     if query.dtype != torch.bfloat16 or key.shape[2] != t or not 1 < t <= LONGEST or dropout or not boolean or kwargs.get("is_causal") is False:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    q = query.reshape(b * g, h // g, t, d).float() * scaling
-    k, v = key.reshape(b * g, t, d).float(), value.reshape(b * g, t, d)
-    if attention_mask is None:
-        out = _causal(q, k, v)
-    elif tree_spans is not None and t >= APART:
-        rows = [slice(i * g, i * g + g) for i in range(b)]
-        out = torch.cat([_tree(q[at], k[at], v[at], spans) for at, spans in zip(rows, tree_spans, strict=True)])
-    else:
-        scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).view(b, h, t, t).masked_fill(~attention_mask, float("-inf"))
-        out = torch.softmax(scores, dim=-1).to(v.dtype).view(b * g, -1, t) @ v
-    return out.reshape(b, h, t, d).transpose(1, 2), None
+    apart = attention_mask is not None and tree_spans is not None and t >= APART
+    mask = None if apart else attention_mask
+    return _Attention.apply(query, key, value, scaling, mask, _blocks(t, len(query), key.shape[1], mask, tree_spans if apart else None)), None
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (N, m, t, d), scaled: the last t positions of the keys' s; k, v (N, s, d). Returns (N, m, t, d)."""
-    n, m, t, d = q.shape
-    before, parts = k.shape[1] - t, []
-    for start in range(0, t, BLOCK):
-        rows = min(BLOCK, t - start)
-        keys = before + start + rows
-        scores = torch.baddbmm(_hidden(rows, keys, m), q[:, :, start:start + rows].reshape(n, m * rows, d), k[:, :keys].transpose(1, 2))
-        parts.append((torch.softmax(scores, dim=-1).to(v.dtype) @ v[:, :keys]).view(n, m, rows, d))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+@dataclass(frozen=True)
+class _Block:
+    """Rows whose scores are made at once. They see the keys [0, prompt) and [own, end), and of the last of these no later ones than
+    themselves. at: which of the B * G key/value heads; causal False: a mask says what they see."""
+
+    at: slice
+    start: int
+    end: int
+    prompt: int = 0
+    own: int = 0
+    causal: bool = True
+
+    def keys(self, x: Tensor) -> Tensor:
+        """(at, keys, d) of (B * G, T, d)."""
+        x = x[self.at]
+        return x[:, :self.end] if self.own == self.prompt else torch.cat([x[:, :self.prompt], x[:, self.own:self.end]], 1)
+
+    def add(self, total: Tensor, x: Tensor) -> None:
+        """The reverse: add x (at, keys, d) to total (B * G, T, d)."""
+        total = total[self.at]
+        if self.own == self.prompt:
+            total[:, :self.end] += x
+        else:
+            total[:, :self.prompt] += x[:, :self.prompt]
+            total[:, self.own:self.end] += x[:, self.prompt:]
 
 
-@lru_cache(maxsize=256)
-def _hidden(rows: int, keys: int, repeats: int) -> Tensor:
-    """-inf where a row, the last of which sees all keys, may not look: (1, repeats * rows, keys)."""
-    return torch.zeros(rows, keys).masked_fill_(torch.ones(rows, keys, dtype=torch.bool).triu(keys - rows + 1), float("-inf")).repeat(repeats, 1)[None]
+def _blocks(t: int, batch: int, groups: int, mask: Tensor | None, spans: list | None) -> list[_Block]:
+    """Without spans all rows of the batch together; with them row by row, the prompt with its first answer, then answer by answer."""
+    if mask is not None:
+        return [_Block(slice(None), 0, t, causal=False)]
+    if spans is None:
+        return [_Block(slice(None), i, min(i + BLOCK, t)) for i in range(0, t, BLOCK)]
+    out = []
+    for row, answers in enumerate(spans):
+        at, prompt = slice(row * groups, (row + 1) * groups), answers[0][0]
+        for start, end, own in [(0, answers[0][1], prompt), *((a, b, a) for a, b in answers[1:])]:
+            out += [_Block(at, i, min(i + BLOCK, end), prompt if own != prompt else 0, own if own != prompt else 0) for i in range(start, end, BLOCK)]
+    return out
 
 
-def _tree(q: Tensor, k: Tensor, v: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    """One row: the prompt and its first answer are causal; each later answer sees the prompt and itself. Padding comes out as zeros."""
-    prompt, first = spans[0]
-    parts, end = [_causal(q[:, :, :first], k[:, :first], v[:, :first])], first
-    for a, end in spans[1:]:
-        k_own, v_own = (torch.cat([x[:, :prompt], x[:, a:end]], 1) for x in (k, v))
-        parts.append(_causal(q[:, :, a:end], k_own, v_own))
-    if end < q.shape[2]:
-        parts.append(v.new_zeros(*q.shape[:2], q.shape[2] - end, q.shape[3]))
-    return torch.cat(parts, 2)
+class _Attention(torch.autograd.Function):
+    """query (B, H, T, d); key, value (B, G, T, d); mask None or bool (B, 1, T, T); blocks cover the rows that matter, the others come
+    out as zeros. Returns (B, T, H, d). Inside, the rows of a key/value head are T * H/G query heads, token by token."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling, mask, blocks):
+        b, h, t, d = query.shape
+        g, m = key.shape[1], h // key.shape[1]
+        q = query.view(b, g, m, t, d).transpose(2, 3).reshape(b * g, t * m, d)
+        k, v = key.reshape(b * g, t, d), value.reshape(b * g, t, d)
+        exact = 2.0 ** math.floor(math.log2(scaling))  # what of the scaling changes no bit of q
+        q_scaled, k_float, out, kept = q.float().mul_(exact), k.float(), torch.zeros_like(q), []
+        for block in blocks:
+            rows, size = slice(block.start * m, block.end * m), block.end - block.start
+            scores = _float_product(q_scaled[block.at, rows], block.keys(k_float).transpose(1, 2))
+            if scaling != exact:
+                scores.mul_(scaling / exact)
+            if block.causal:
+                scores.view(len(scores), size, m, -1)[..., -size:].add_(_later(size))
+            else:
+                scores.view(b, g, t, m, t).masked_fill_(~mask[:, :, :, None], float("-inf"))
+            kept.append(torch.softmax(scores, dim=-1).to(v.dtype))
+            out[block.at, rows] = kept[-1] @ block.keys(v)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.blocks, ctx.scaling, ctx.shape = blocks, scaling, (b, g, m, t, d)
+        return out.view(b, g, t, m, d).transpose(1, 2).reshape(b, t, h, d)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (q, k, v, *kept), (b, g, m, t, d) = ctx.saved_tensors, ctx.shape
+        grad = grad.view(b, t, g, m, d).transpose(1, 2).reshape(b * g, t * m, d)
+        dq, (dk, dv) = torch.zeros_like(q), (torch.zeros(k.shape) for _ in range(2))
+        for block, weights in zip(ctx.blocks, kept, strict=True):
+            rows = slice(block.start * m, block.end * m)
+            d_out = grad[block.at, rows]
+            d_scores = torch._softmax_backward_data(d_out @ block.keys(v).transpose(1, 2), weights, -1, weights.dtype)
+            dq[block.at, rows] = d_scores @ block.keys(k)
+            block.add(dk, d_scores.transpose(1, 2) @ q[block.at, rows])
+            block.add(dv, weights.transpose(1, 2) @ d_out)
+        dq = dq.mul_(ctx.scaling).view(b, g, t, m, d).transpose(1, 2).reshape(b, t, g * m, d)
+        dk, dv = (x.view(b, g, t, d).transpose(1, 2).to(q.dtype) for x in (dk.mul_(ctx.scaling), dv))
+        return *(x.transpose(1, 2) for x in (dq, dk, dv)), None, None, None
+
+
+def _float_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, of values that bfloat16 holds exactly: its fast product gives the same sums, with no rounding at the end."""
+    switch = torch.backends.mkldnn.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "bf16"
+    try:
+        return torch.bmm(a, b)
+    finally:
+        switch.fp32_precision = before
+
+
+@lru_cache(maxsize=BLOCK)
+def _later(rows: int) -> Tensor:
+    """-inf at the keys that come after a row: (rows, 1, rows)."""
+    return torch.full((rows, rows), float("-inf")).triu_(1)[:, None]
 
 
 def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
