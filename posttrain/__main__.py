@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain import runs
+from posttrain import distributed, runs
 from posttrain.config import dump_yaml, load_recipe
 from posttrain.errors import PosttrainError
 from posttrain.log import say
@@ -45,7 +45,8 @@ def run(recipe: RecipeArg, overrides: Overrides = None, dry_run: DryRun = False)
     this = runs.Run(loaded)
     runs.preflight(this)
     runs.run_sections(this)
-    _report(this)
+    if distributed.is_main():
+        _report(this)
 
 
 def _report(this: runs.Run) -> None:
@@ -138,6 +139,16 @@ def score(model: Annotated[Path, typer.Option(help="a reward section (runs/NAME/
     import_module("reward.score_command").run(model, data, format, dict(c.split("=", 1) for c in columns or []), output, max_length)
 
 
+@app.command()
+def annotations(tasks: Annotated[Path, typer.Argument(help="tasks.jsonl in the folder of a collect section", show_default=False)],
+                files: Annotated[list[Path], typer.Argument(help="the annotators' files: .jsonl or .csv", show_default=False)],
+                out: Annotated[Path, typer.Option(help="where the pairs go, in the format `preference`", show_default=False)]) -> None:
+    """Annotators' choices joined with their tasks: what is wrong row by row, and the preference pairs."""
+    from importlib import import_module
+
+    raise typer.Exit(import_module("rlhf.annotations").command(tasks, files, out))
+
+
 def _refuse_misplaced(path: Path, of_recipe: bool, overrides: list[str], format: str | None, columns: list[str]) -> None:
     """Words of check-data that would be passed over: a recipe's with a file, a file's with a recipe, a column without its name."""
     place = f"check-data {path.name}"
@@ -185,6 +196,8 @@ def guarded(command) -> None:
         command()
     except PosttrainError as e:
         say(f"error: {e}", style="bold red")
+        if not distributed.is_main():  # it may be this process's alone
+            print(f"error (process {distributed.rank()}): {e}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         say("\nStopped. The same command goes on from here; nothing finished is lost.")

@@ -9,7 +9,7 @@ and `source` (text) and `safety` (bool) columns set the item's fields of that na
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import NamedTuple
@@ -18,6 +18,7 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 RATINGS = {"significantly_better": 3, "better": 2, "slightly_better": 1, "negligibly_better": 0}
 _RATING_WORDS = RATINGS | {"negligibly_better_or_unsure": 0, "negligibly_better_unsure": 0, "unsure": 0}
+SAFETY_BINS = {"preferred_safe": (True, False), "both_safe": (True, True), "both_unsafe": (False, False)}  # paper 3.2.1: chosen, rejected
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = _ROLES | {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
                             "bard": "assistant", "model": "assistant", "bot": "assistant"}
@@ -65,6 +66,18 @@ class Prompt:
     source: str = ""
     safety: bool = False
     meta: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One annotator's judgement of one task of a collect section. choice: "a" or "b"; rating as in Pair; safety: one of SAFETY_BINS."""
+
+    id: str
+    choice: str
+    rating: int
+    safety: str | None = None
+    edited: str = ""
+    annotator: str = ""
 
 
 class RowError(ValueError):
@@ -251,6 +264,14 @@ def _rating(value) -> int | None:
     if level is None:
         raise RowError("unknown_rating", f"'rating' is {show(value)}", f"one of {', '.join(RATINGS)} or 3, 2, 1, 0")
     return level
+
+
+def _word(value, column: str, options: Iterable[str], reason: str) -> str:
+    """One of some words, in any case and with any spacing."""
+    word = re.sub(r"[^a-z]+", "_", value[:60].strip().lower()).strip("_") if isinstance(value, str) else ""
+    if word not in options:
+        raise RowError(reason, f"'{column}' is {show(value)}", f"one of {', '.join(options)}")
+    return word
 
 
 def _plain(value) -> bool:
@@ -702,6 +723,24 @@ def oasst_demonstrations(row: dict) -> Demonstration:
     if len(turns) < 2:
         raise Skip("no_answer")
     return Demonstration(turns if len(turns) % 2 == 0 else turns[:-1], **_common(row, "prompt"))
+
+
+# -- annotations (no data set by themselves: rlhf/annotations.py joins them with their tasks) -------------------------------------------
+
+
+def annotation(row: dict) -> Annotation:
+    """{"id", "choice": "a" | "b", "rating": one of RATINGS, "safety"?: one of SAFETY_BINS, "edited"?: the chosen answer, made better,
+    "annotator"?}. A row without a choice is a task that nobody has looked at yet."""
+    _want(row, "id", "choice", "rating")
+    if row["choice"] is None or row["choice"] == "":
+        raise Skip("not_annotated")
+    rating = _rating(row["rating"])
+    if rating is None:
+        raise RowError("unknown_rating", "'rating' is empty", f"one of {', '.join(RATINGS)}")
+    given = {k: _text(row[k], k, None) for k in ("edited", "annotator") if row.get(k) is not None}
+    bin_ = row.get("safety")
+    return Annotation(_text(row["id"], "id", "unknown_task"), _word(row["choice"], "choice", ("a", "b"), "unknown_choice"), rating,
+                      safety=_word(bin_, "safety", SAFETY_BINS, "unknown_safety_bin") if bin_ not in (None, "") else None, **given)
 
 
 FORMATS: dict[str, Format] = {

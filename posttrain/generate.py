@@ -8,11 +8,14 @@ resume: its result depends on its own seed and prompts alone.
 
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from posttrain import distributed
 from posttrain.models import Roles
+from posttrain.shape import shape_of
 
 CANDIDATES = 512  # top-p looks at this many tokens first; more only if they hold less than top_p
 
@@ -77,23 +80,37 @@ class RowCache(Cache):
         self.row_ids = torch.arange(self.rows, device=rows.device)
 
 
+def free_memory(roles: Roles) -> int:
+    """Bytes this process can still take where the models are: of its GPU, the allocator's spare blocks too, or its share of the machine's memory."""
+    if roles.device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return psutil.virtual_memory().available // distributed.on_this_machine()
+
+
+def row_bytes(roles: Roles, width: int) -> int:
+    """Key/value memory of one row of `width` tokens."""
+    model = next(iter(roles.roles.values())).net.config
+    return width * shape_of(model.to_dict()).kv(roles.dtype.itemsize)
+
+
 def sample(roles: Roles, role: str, prompts: list[list[int]], samples: int, sampling: Sampling, seed: int, *, stop: int,
-           batch: int = 64, tick=None) -> list[list[Completion]]:
+           batch: int = 64, tick=None, only: list[int] | None = None) -> list[list[Completion]]:
     """Draw `samples` completions of every prompt. prompts: token ids that end where the answer begins; stop: end-of-turn id;
-    batch: rows in flight; tick(tokens): called as tokens are made. Returns one list of `samples` completions per prompt.
+    batch: rows in flight; tick(tokens): called as tokens are made; only: numbers of the prompts to answer here, each with the randomness it
+    has among all. Returns one list of `samples` completions per prompt answered.
     """
     with torch.inference_mode():
-        return _Loop(roles, role, prompts, samples, sampling, seed, stop, batch, tick).run()
+        return _Loop(roles, role, prompts, samples, sampling, seed, stop, batch, tick, range(len(prompts)) if only is None else only).run()
 
 
 class _Loop:
-    def __init__(self, roles, role, prompts, samples, sampling, seed, stop, batch, tick):
+    def __init__(self, roles, role, prompts, samples, sampling, seed, stop, batch, tick, only):
         if not prompts or not all(prompts):
             raise ValueError("every prompt needs at least one token")
         self.roles, self.role, self.prompts, self.sampling, self.stop, self.tick = roles, role, prompts, sampling, stop, tick
         self.device, self.body, self.weight = roles.device, roles.decoder(role), roles.vocabulary(role)
-        self.queue = [(p, s) for p in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)) for s in range(samples)]
-        self.batch = min(batch, len(self.queue))
+        self.queue = [(p, s) for p in sorted(only, key=lambda i: (len(prompts[i]), i)) for s in range(samples)]
+        self.only, self.batch = only, min(batch, len(self.queue))
         generator = torch.Generator().manual_seed(seed)
         self.uniforms = torch.rand(len(prompts), samples, sampling.max_new_tokens, generator=generator, dtype=torch.float64)
         self.ids = [[[] for _ in range(samples)] for _ in prompts]
@@ -113,8 +130,8 @@ class _Loop:
             if any(self.rows):
                 self._step()
         out = []
-        for ids, logprobs in zip(self.ids, self.logprobs, strict=True):
-            out.append([Completion(i, lp, i[-1] == self.stop) for i, lp in zip(ids, logprobs, strict=True)])
+        for p in self.only:
+            out.append([Completion(i, lp, i[-1] == self.stop) for i, lp in zip(self.ids[p], self.logprobs[p], strict=True)])
         return out
 
     def _prefill(self, free: list[int]) -> None:

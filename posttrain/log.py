@@ -10,7 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_console = Console(highlight=False, soft_wrap=True)
+from posttrain import distributed
+
+_console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())  # of several processes one speaks
 
 
 def say(text: str = "", style: str | None = None) -> None:
@@ -30,7 +32,9 @@ def duration(seconds: float) -> str:
 
 
 def append_line(path: Path, row: dict) -> None:
-    """Append one JSON line. After a crash in the middle of a line the broken tail is cut off first."""
+    """Append one JSON line. After a crash in the middle of a line the broken tail is cut off first. Of several processes one writes."""
+    if not distributed.is_main():
+        return
     if path.exists() and path.stat().st_size:
         with path.open("rb+") as f:
             f.seek(-1, os.SEEK_END)
@@ -75,7 +79,7 @@ class Log:
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`: a resumed section says everything once."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl") if distributed.is_main() else ():
             path = self.folder / name
             kept = [r for r in read_lines(path) if r.get("step", 0) <= step]
             if path.exists():

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from posttrain import attention, builtin, chat, decoder
+from posttrain import attention, builtin, chat, decoder, distributed
 from posttrain.config import LoraSettings, ModelConfig
 from posttrain.errors import PosttrainError
 from posttrain.packing import MicroBatch
@@ -52,8 +52,8 @@ def device() -> torch.device:
 
 
 def set_threads(wanted: int | None) -> int:
-    """CPU threads: the recipe's, or every core this process may use. Returns the number set."""
-    n = wanted or len(os.sched_getaffinity(0))
+    """CPU threads: the recipe's, or every core this process may use, shared with its like. Returns the number set."""
+    n = wanted or max(1, len(os.sched_getaffinity(0)) // distributed.on_this_machine())
     torch.set_num_threads(n)
     return n
 

@@ -197,14 +197,47 @@ class Planner:
         return total([self.made(n[1:]) if n.startswith("@") else self.data.train(n) for n in names or []])
 
     def made(self, name: str) -> Count:
-        """What a section that samples answers hands on: at most one a prompt, as long as allowed."""
+        """What a section that samples answers hands on: at most one a prompt, as long as allowed. With a pool, the prompts of the pooled
+        rounds count too: beside its own where those are fresh, else they are taken for the same ones. Of annotators' tasks: a pair each."""
         config = self.recipe.stages[name]
+        if config.stage == "annotations":  # a pair has two answers
+            made = self.made(config.tasks[1:])
+            return made._replace(tokens=made.tokens + self.recipe.stages[config.tasks[1:]].max_new_tokens)
+        own = self.prompts(config)
+        pooled = [self.pooled(n)[0].rows for n in getattr(config, "pool", [])]
+        rows = own.rows + sum(pooled) if getattr(config, "fresh", False) else max([own.rows, *pooled])
+        return Count(rows, own.tokens + config.max_new_tokens, weakest(own.rows_are, "estimated"), "estimated")
+
+    def pooled(self, name: str) -> tuple[Count, int]:
+        """(prompts, answers) of an entry of a `pool`. A sweep's answers count too."""
+        config = self.recipe.stages.get(name[1:]) if name.startswith("@") else None
+        if config is None or config.stage != "rejection":
+            count = self.train([name])
+            return count, count.rows
         prompts = self.prompts(config)
-        return Count(prompts.rows, prompts.tokens + config.max_new_tokens, weakest(prompts.rows_are, "estimated"), "estimated")
+        return prompts, (prompts.rows + self.swept(config, prompts.rows)) * config.samples_per_prompt
+
+    def swept(self, config, rows: int) -> int:
+        """Prompts that a sweep of temperatures samples beyond the round's own: all temperatures but the one that is used."""
+        return (len(config.temperature) - 1) * min(config.sweep_prompts, rows) if isinstance(config.temperature, list) else 0
 
     def prompts(self, config) -> Count:
+        """A fresh round's: without those that the rejection sections it descends from sample."""
         count = self.train(config.prompts)
+        if getattr(config, "fresh", False):
+            used = sum(self.prompts(c).rows for c in self.earlier_rounds(config) if {*c.prompts} & {*config.prompts})
+            count = count._replace(rows=max(count.rows - used, 0), rows_are=weakest(count.rows_are, "estimated") if used else count.rows_are)
         return count._replace(rows=min(count.rows, getattr(config, "rows", None) or count.rows))
+
+    def earlier_rounds(self, config) -> list:
+        """The rejection sections that a section descends from (as rlhf.rejection)."""
+        found, todo = {}, cfg.references(config.model_dump())
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found[name] = self.recipe.stages[name]
+                todo += cfg.references(found[name].model_dump())
+        return [c for c in found.values() if c.stage == "rejection"]
 
     def memory(self, frozen: int, trainable: int, kv_tokens: int = 0, training_tokens: int = 0, checkpointing: bool = False) -> dict:
         """Bytes by use, at their peak. Decoding and training take turns, so the larger of key/value memory and activations counts.
@@ -264,10 +297,33 @@ class Planner:
                       + (f", {config.fraction:.3g} of the mix" if config.fraction < 1 else "")}
 
     def rejection(self, config) -> dict:
+        """Answers of a pool are not decoded, but pass through both reward models like those sampled."""
         prompts, k = self.prompts(config), config.samples_per_prompt
-        row = self.sampling(config, prompts, prompts.rows * k, 2, 3, 0)
+        swept = self.swept(config, prompts.rows)
+        row = self.sampling(config, prompts, (prompts.rows + swept) * k, 2, 3, 0)
         note = f"{prompts.rows:,} prompts x {k} samples, scored by two models; answers at most {config.max_new_tokens} tokens"
+        if swept:
+            note += f"; {swept * k:,} samples more to choose among {len(config.temperature)} temperatures"
+        pooled = sum(self.pooled(n)[1] for n in config.pool)
+        if pooled:
+            row["tokens"] += round(2 * pooled * (prompts.tokens + config.max_new_tokens))
+            row["labels"]["tokens"] = weakest(row["labels"]["tokens"], "estimated")
+            note += f"; {pooled:,} earlier answers scored anew"
+        if not prompts.rows:
+            row["warnings"].append("no fresh prompt is left: add prompts, or give the earlier rounds fewer rows")
         return row | {"note": note}
+
+    def collect(self, config) -> dict:
+        prompts, scored = self.prompts(config), 2 if config.helpfulness else 0
+        row = self.sampling(config, prompts, prompts.rows * 2, scored, len(set(config.policies)) + scored, 0)
+        return row | {"note": f"{prompts.rows:,} prompts x 2 answers for annotators to compare{', scored by two models' * bool(scored)}; "
+                              f"answers at most {config.max_new_tokens} tokens"}
+
+    def annotations(self, config) -> dict:
+        count = self.made(config.tasks[1:])
+        return {"rows": count.rows, "tokens_per_row": count.tokens, "memory": self.memory(0, 0) | {"base": 0, "total": 0}, "warnings": [],
+                "labels": {"rows": count.rows_are, "tokens_per_row": count.tokens_are},
+                "note": f"waits for {', '.join(config.annotations)}; at most one pair a task"}
 
     def ppo(self, config) -> dict:
         """Passes besides decoding: reference, two reward models, critic; then policy and critic in training."""
@@ -421,5 +477,5 @@ def _totals(rows: list[dict]) -> list[str]:
             "a word, answers at their longest, or even packing. A batch and a warm-up are what their steps are."]
 
 
-PLANS = {"sft": Planner.sft, "reward": Planner.reward, "rejection": Planner.rejection, "ppo": Planner.ppo, "evaluate": Planner.evaluate,
-         "export": Planner.export}
+PLANS = {"sft": Planner.sft, "reward": Planner.reward, "rejection": Planner.rejection, "collect": Planner.collect,
+         "annotations": Planner.annotations, "ppo": Planner.ppo, "evaluate": Planner.evaluate, "export": Planner.export}

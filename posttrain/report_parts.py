@@ -69,18 +69,35 @@ def reward_keys(v: View) -> list[Key]:
     return keys + _key(number(dig(own, "unsafe_recall")), "unsafe recall", percent(number(dig(own, "unsafe_recall"))))
 
 
-def best_of(v: View) -> list[tuple[float, float | None, float | None, float | None, float | None]]:
+def best_of(results: dict) -> list[tuple[float, float | None, float | None, float | None, float | None]]:
     """(n, max, median, max_low, max_high) rows with a number in n and one of max and median, by n."""
-    rows = [tuple(number(r.get(k)) for k in ("n", "max", "median", "max_low", "max_high")) for r in rows_of(v.results.get("best_of_n"))]
+    rows = [tuple(number(r.get(k)) for k in ("n", "max", "median", "max_low", "max_high")) for r in rows_of(results.get("best_of_n"))]
     return sorted((r for r in rows if r[0] is not None and r[1] is not None), key=lambda r: r[0])
 
 
+def sweep_of(v: View) -> list[tuple[float, list[tuple]]]:
+    """(temperature, its best_of rows) of the temperatures that were tried, by temperature."""
+    tried = [(number(c.get("temperature")), best_of(c)) for c in rows_of(dig(v.results, "temperature_sweep", "curves"))]
+    return sorted((t for t in tried if t[0] is not None and t[1]), key=lambda t: t[0])
+
+
 def rejection_keys(v: View) -> list[Key]:
-    rows = best_of(v)
+    rows = best_of(v.results)
     gain = rows[-1][1] - rows[-1][2] if rows and rows[-1][2] is not None else None
     keys = _key(gain, f"best of {rows[-1][0]:.0f} over the median" if rows else "", fixed(gain, sign=True))
     kept, samples = v.get("kept"), v.get("samples")
-    return keys + _key(kept, "answers kept", loose(kept), f"of {loose(samples)}" if samples is not None else "")
+    keys += _key(kept, "answers kept", loose(kept), f"of {loose(samples)}" if samples is not None else "")
+    return keys + (_key(v.get("temperature"), "temperature", loose(v.get("temperature"))) if sweep_of(v) else [])
+
+
+def collect_keys(v: View) -> list[Key]:
+    tasks, prompts = v.get("tasks"), v.get("prompts")
+    return _key(tasks, "tasks for annotators", loose(tasks), f"of {loose(prompts)} prompts" if prompts is not None else "")
+
+
+def annotations_keys(v: View) -> list[Key]:
+    pairs, tasks = v.get("pairs"), v.get("tasks")
+    return _key(pairs, "pairs", loose(pairs), f"from {loose(v.get('annotated_tasks'))} of {loose(tasks)} tasks" if tasks is not None else "")
 
 
 def ppo_keys(v: View) -> list[Key]:
@@ -182,8 +199,9 @@ def sft_words(v: View, held: Line | None, before: float | None, after: float | N
 def rejection_part(vs: list[View]) -> Part:
     part = Part("rejection", "Rejection sampling",
                 "Several answers to each prompt are drawn and scored; the best is kept for the next fine-tuning.")
+    part.figures += path_figure(vs) + temperatures_figure(vs)
     for v in vs:
-        part.figures += best_of_figure(vs, v)
+        part.figures += best_of_figure(vs, v) + sweep_figure(vs, v)
     part.facts = facts("Rejection sampling in numbers", vs, [v.name for v in vs], [
         ("prompts", at("prompts")), ("samples a prompt", at("samples_per_prompt")), ("temperature", at("temperature")),
         ("samples", at("samples")), ("kept", at("kept")), ("unfinished", at("unfinished")),
@@ -193,6 +211,12 @@ def rejection_part(vs: list[View]) -> Part:
         ("mean merged reward, all", at("mean_reward_all", form=fixed)), ("mean merged reward, kept", at("mean_reward_kept", form=fixed)),
         ("tokens a second", at("tokens_per_second", form=fixed, digits=0))])
     for v in vs:
+        origins = table_of(v.results.get("pool"))
+        part.facts += table(f"Where the kept answers of {v.name} come from", "sampled in", list(origins), [
+            ("usable answers", [loose(number(o.get("answers"))) for o in origins.values()]),
+            ("mean merged reward", [fixed(number(o.get("mean_reward"))) for o in origins.values()]),
+            ("kept", [loose(number(o.get("kept"))) for o in origins.values()])],
+            f"All of them under the reward models of {v.name}.") if origins else []
         tables = rejection_examples(v)
         part.folds += [Fold(f"Best and worst answers to the first prompts of {v.name}", tables=tables)] if tables else []
     part.folds += everything(vs)
@@ -200,7 +224,7 @@ def rejection_part(vs: list[View]) -> Part:
 
 
 def best_of_figure(vs: list[View], v: View) -> list[Figure]:
-    rows = best_of(v)
+    rows = best_of(v.results)
     if not rows:
         return []
     medians = [(r[0], r[2]) for r in rows if r[2] is not None]
@@ -214,6 +238,74 @@ def best_of_figure(vs: list[View], v: View) -> list[Figure]:
     svg = plots.lines(f"best-{v.name}", series, "samples per prompt, K", merged_axis(v))
     return drawn(named(vs, v, "Best of K"), takeaway, "Mean over prompts of the best and of the median reward among K samples", svg,
                  "Means over prompts" + ("; the shade is the 95 % interval of the best." if shade else "."))
+
+
+def collect_part(vs: list[View]) -> Part:
+    """Tasks that went to annotators, and what came back."""
+    part = Part("collect", "Annotation", "Annotators choose between two answers, of two variants of the model; their pairs train the next reward models.")
+    sent, back = ([v for v in vs if v.kind == kind] for kind in ("collect", "annotations"))
+    part.facts = facts("Tasks for annotators", sent, [v.name for v in sent], [
+        ("prompts", at("prompts")), ("tasks", at("tasks")), ("safety tasks", at("safety_tasks")), ("share left out", at("share_left_out", form=percent)),
+        ("drawn again", at("drawn_again"))])
+    part.facts += facts("What came back", back, [v.name for v in back], [
+        ("annotations", at("annotations")), ("tasks annotated", at("annotated_tasks")), ("without a majority", at("ties")), ("pairs", at("pairs")),
+        ("held out", at("held_out")), ("the reward models' order, helpfulness tasks", ci("agreement", "helpfulness", form=percent)),
+        ("the reward models' order, safety tasks", ci("agreement", "safety", form=percent)),
+        *((plain(level), at("ratings", level)) for level in ("significantly_better", "better", "slightly_better", "negligibly_better")),
+        *((plain(name), at("safety_bins", name)) for name in ("preferred_safe", "both_safe", "both_unsafe", "no bin"))],
+        "The reward models' order: how often their higher score was the annotators' choice.")
+    for v in sent:
+        told = table_of(v.results.get("variants"))
+        part.tables += table(named(sent, v, "The two variants' answers"), "variant", list(told), [
+            (label, [fixed(number(t.get(key)), digits) for t in told.values()])
+            for label, key, digits in (("tokens of an answer", "tokens", 0), ("helpfulness", "helpfulness", 2), ("safety", "safety", 2))])
+    for v in back:
+        wins = {name: interval(w) for name, w in table_of(v.results.get("wins")).items()}
+        part.tables += table(named(back, v, "Which variant was chosen"), "variant", list(wins), [("chosen", [cell(w, percent) for w in wins.values()])])
+    return part
+
+
+def path_figure(vs: list[View]) -> list[Figure]:
+    """Version by version: the mean merged reward of all samples and of the kept answers."""
+    rows = [Dot(v.name, mean, group=group, style=style) for style, (group, key) in enumerate((
+        ("all samples", "mean_reward_all"), ("kept answers", "mean_reward_kept"))) for v in vs if (mean := v.get(key)) is not None]
+    means = [(v.name, v.get("mean_reward_all")) for v in vs if v.get("mean_reward_all") is not None]
+    if len(means) < 2:
+        return []
+    (first, before), (last, after) = means[0], means[-1]
+    takeaway = f"{moved('The mean reward of all samples', before, after)} between {first} and {last}"
+    return drawn("The path of the versions", takeaway, "Mean merged reward of all samples and of the kept answers of each round",
+                 plots.dots("versions", rows, merged_axis(vs[-1]), percent=False),
+                 "Every round as its own reward models and prompts give it: where those differ between rounds, so may the level.")
+
+
+def temperatures_figure(vs: list[View]) -> list[Figure]:
+    """The paper's Fig. 8 over versions: the best of K against the temperature, a curve a round."""
+    tried = [(v, sweep_of(v)) for v in vs if len(sweep_of(v)) > 1]
+    if len(tried) < 2:
+        return []
+    series = [Line(v.name, [t for t, _ in curve], [rows[-1][1] for _, rows in curve], i) for i, (v, curve) in enumerate(tried)]
+    takeaway = "the best temperature is " + listed([f"{loose(v.get('temperature'))} for {v.name}" for v, _ in tried])
+    return drawn("The best temperature by version", takeaway, "Reward of the best of K against the temperature, for each round",
+                 plots.lines("temperatures", series, "temperature", merged_axis(vs[-1]), whole=False),
+                 "On the prompts of each round's sweep; the level depends on the round's prompts, the place of the maximum is what counts.")
+
+
+def sweep_figure(vs: list[View], v: View) -> list[Figure]:
+    """The paper's Fig. 8 for one round: the reward of the best of n against the temperature, a curve for each n."""
+    tried = sweep_of(v)
+    if len(tried) < 2:
+        return []
+    sizes = [row[0] for row in tried[0][1]][-5:]
+    series = [Line(f"best of {n:.0f}", [t for t, rows in tried if n in {r[0] for r in rows}], [r[1] for _, rows in tried for r in rows if r[0] == n], i)
+              for i, n in enumerate(sizes)]
+    used, most = v.get("temperature"), sizes[-1]
+    edge = ", at the edge of those tried" if used in (tried[0][0], tried[-1][0]) else ""
+    takeaway = f"The best of {most:.0f} answers scores highest at temperature {loose(used)}{edge}; the round uses it"
+    prompts = loose(v.get("temperature_sweep", "prompts"))
+    return drawn(named(vs, v, "Temperature"), takeaway, "Mean over prompts of the best reward among n samples, against the temperature",
+                 plots.lines(f"sweep-{v.name}", series, "temperature", merged_axis(v), whole=False),
+                 f"Means over {prompts} prompts; an answer that cannot be kept counts as the lowest score its prompt got.")
 
 
 def rejection_examples(v: View) -> list[Table]:
@@ -463,6 +555,7 @@ def other_part(vs: list[View]) -> Part:
 
 
 KEYS = {"sft": sft_keys, "gatt": sft_keys, "reward": reward_keys, "rejection": rejection_keys, "ppo": ppo_keys, "evaluate": evaluate_keys,
-        "export": export_keys}
+        "collect": collect_keys, "annotations": annotations_keys, "export": export_keys}
 PARTS = {"evaluate": ("result", evaluate_part), "sft": ("sft", sft_part), "reward": ("reward", reward_part),
-         "rejection": ("rejection", rejection_part), "ppo": ("ppo", ppo_part), "export": ("export", export_part)}
+         "rejection": ("rejection", rejection_part), "collect": ("collect", collect_part), "annotations": ("collect", collect_part),
+         "ppo": ("ppo", ppo_part), "export": ("export", export_part)}

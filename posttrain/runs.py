@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from posttrain import config as cfg
+from posttrain import distributed
 from posttrain.errors import PosttrainError
 from posttrain.log import Log, duration, say
 from posttrain.stages import STAGES, load_module
@@ -29,7 +30,9 @@ NOT_PART_OF_THE_RESULT = {"save_steps", "save_total_limit"}
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or nothing, durable before the name appears."""
+    """Write a whole file or nothing, durable before the name appears. Of several processes one writes."""
+    if not distributed.is_main():
+        return
     tmp = path.with_name(path.name + ".tmp")
     with tmp.open("w", encoding="utf-8") as f:
         f.write(text)
@@ -136,11 +139,20 @@ class Section:
         """What the section measured, as `finish` stored it."""
         return read_json(self.folder / "results.json")
 
+    def file(self, name: str) -> Path:
+        """A file that the configuration names: in the recipe's folder, else in the working directory. It may come into being as a run goes on."""
+        tried = [Path(self.recipe.path).parent / name, Path(name)]
+        found = next((p for p in tried if p.is_file()), None)
+        if found is None:
+            raise PosttrainError(self.place, f"no file '{name}' yet", f"it at {' or '.join(dict.fromkeys(str(p) for p in tried))}",
+                                 "Put it there and run the same command again: it goes on from here.")
+        return found
+
     def decide(self, key: str, choose):
         """A choice made by clock, machine or free memory: made once, kept in the manifest, the same after a resume."""
         decisions = self.manifest.setdefault("decisions", {})
         if key not in decisions:
-            decisions[key] = choose()
+            decisions[key] = distributed.from_main(choose)
             self.save_manifest()
         return decisions[key]
 
@@ -166,6 +178,8 @@ class Section:
             out |= self.run.data_inputs(name)
         for value in cfg.fields_referring_to(self.config, "model").values():
             out |= self.run.model_inputs(value)
+        for names in cfg.fields_referring_to(self.config, "file").values():
+            out |= {f"{n}: files": file_digest(self.file(n)) for n in names}
         for ref in dict.fromkeys(cfg.references(self.config.model_dump())):
             out[f"section {ref}"] = self.run.section(ref).fingerprint
         return out
@@ -204,10 +218,11 @@ class Section:
         self.save_manifest()
         write_atomic(self.folder / "DONE", self.fingerprint + "\n")
         self.drop_leftovers()
+        distributed.wait()
 
     def drop_leftovers(self) -> None:
         """A finished section's checkpoints and half-written folders: its output holds what is needed."""
-        for pattern in ("checkpoint-*", "best-*", "*.tmp"):
+        for pattern in ("checkpoint-*", "best-*", "*.tmp") if distributed.is_main() else ():
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -236,20 +251,23 @@ class Run:
         return self._sections[name]
 
     def data_of(self, name: str):
-        """The Split of a data set, or of the demonstrations that a section made ('@name'). Held-out prompts never come back."""
+        """The Split of a data set, or of the demonstrations or pairs that a section made ('@name'). Held-out prompts never come back."""
         if not name.startswith("@"):
             return self.data.split(name)
         from posttrain.data import Split, load_entry
 
         folder = self.section(name[1:]).folder
-        loaded = load_entry(cfg.DataEntry(path=str((folder / "data.jsonl").resolve()), format="messages"), folder, self.recipe.run.seed,
+        form = "preference" if STAGES[self.section(name[1:]).kind].makes == "pairs" else "messages"
+        loaded = load_entry(cfg.DataEntry(path=str((folder / "data.jsonl").resolve()), format=form), folder, self.recipe.run.seed,
                             f"{self.recipe.path}: stages.{name[1:]}")
         if loaded.findings:
             raise PosttrainError(str(folder / "data.jsonl"), f"row {loaded.findings[0].row}: {loaded.findings[0].detail}", "the rows its section wrote",
                                  "Delete the section's folder; it will be made again.")
-        train = self.data.without_held_out(loaded.items)
-        counts = {"rows": loaded.rows, "kept": len(train), "bad": 0, "skipped": {}, "removed": len(loaded.items) - len(train)}
-        return Split(train=train, held_out=[], kind=loaded.kind, counts=counts)
+        held_out = [i for i in loaded.items if i.meta.get("held_out") is True]
+        items = [i for i in loaded.items if i.meta.get("held_out") is not True]
+        train = self.data.without_held_out(items)
+        counts = {"rows": loaded.rows, "kept": len(train), "bad": 0, "skipped": {}, "removed": len(items) - len(train)}
+        return Split(train=train, held_out=held_out, kind=loaded.kind, counts=counts)
 
     def data_inputs(self, name: str) -> dict:
         entries = [e.model_dump(exclude={"expect"}) for e in self.recipe.data_sets[name]]
@@ -258,14 +276,17 @@ class Run:
                 f"data.{name}: rows in training": digest([vars(i) for i in split.train]),
                 f"data.{name}: rows held out": digest([vars(i) for i in split.held_out])}
 
-    def model_inputs(self, value: str | dict) -> dict:
-        names = list(value.values()) if isinstance(value, dict) else [value]
+    def model_inputs(self, value: str | list | dict) -> dict:
+        names = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
         names = [self.recipe.model.name_or_path if n == "base" else n for n in names if isinstance(n, str) and not n.startswith("@")]
         return {f"{n}: files": folder_digest(Path(n)) for n in names if Path(n).is_dir()}
 
     @contextmanager
     def lock(self):
-        """Two programs on one run folder exclude each other; the lock dies with its process."""
+        """Two programs on one run folder exclude each other; the lock dies with its process. Of several processes one holds it."""
+        if not distributed.is_main():
+            yield
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = (self.folder / ".lock").open("w")
@@ -283,7 +304,10 @@ class Run:
             handle.close()
 
     def start(self, section: Section) -> None:
-        """Make the section's folder ready: continue it, or set an outdated one aside and begin."""
+        """Make the section's folder ready: continue it, or set an outdated one aside and begin. Of several processes one does it."""
+        section.manifest = distributed.from_main(lambda: self._start(section))
+
+    def _start(self, section: Section) -> dict:
         state = section.state()
         if state == "changed":
             aside = self.folder / ".previous" / f"{section.name}-{section.manifest['fingerprint'][:10]}"
@@ -308,6 +332,7 @@ class Run:
             section.save_manifest()
             write_atomic(section.folder / "config.yaml", cfg.dump_yaml(
                 {"section": section.name, "model": self.recipe.model.model_dump(), "stage": section.config.model_dump()}))
+        return section.manifest
 
 
 def left_out(counts: dict) -> str:
@@ -357,6 +382,7 @@ def _disk_faults(section: Section):
 
 def run_sections(run: Run, names: list[str] | None = None) -> None:
     """Walk the recipe's road: skip what is done, continue what was cut off, run what is new or changed."""
+    distributed.join()
     whole = names is None
     names = cfg.order(run.recipe) if whole else names
     with run.lock():
@@ -368,11 +394,12 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
                 if run.section(ref).state() != "done":
                     raise PosttrainError(section.place, f"'@{ref}' is {run.section(ref).state()}", "a finished section",
                                          f"Run it first: `python -m posttrain run {run.recipe.path}`.")
-            state = section.state()
+            state = distributed.from_main(section.state)
             if state == "done":
                 section.drop_leftovers()  # of a run that was killed right after its last write
                 say(f"{title}: done already, skipped", style="dim")
                 continue
+            _refuse_processes(section)
             if state == "changed":
                 shown = section.changes()
                 say(f"{title}: runs again, because {'; '.join(shown[:4])}{f' and {len(shown) - 4} more' if len(shown) > 4 else ''}"
@@ -381,7 +408,7 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
                 say(f"{title}{': goes on where it was cut off' if state == 'started' else ''}", style="bold")
             with _disk_faults(section):
                 run.start(section)
-            if section.state() == "done":
+            if distributed.from_main(section.state) == "done":
                 say("  found among the earlier results; nothing to do")
                 continue
             run.clock = time.time()
@@ -400,6 +427,13 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
             say(f"{what} done ({duration(time.time() - began)} this time).", style="bold")
 
 
+def _refuse_processes(section: Section) -> None:
+    if distributed.world() > 1 and not STAGES[section.kind].processes:
+        able = " and ".join(kind for kind, stage in STAGES.items() if stage.processes)
+        raise PosttrainError(section.place, f"{distributed.world()} processes for a section of kind {section.kind}", f"one process ({able} take several)",
+                             f"Run it first: `python -m {stage_home(section.kind)} {section.recipe.path} {section.name}`; then this command goes on.")
+
+
 def sections_of(recipe: cfg.Recipe, kinds: set[str]) -> list[str]:
     return [n for n in cfg.order(recipe) if recipe.stages[n].stage in kinds]
 
@@ -408,7 +442,8 @@ def stage_home(kind: str) -> str:
     return STAGES[kind].module.split(".")[0]
 
 
-MAKERS = {"data": "Name a rejection section or a data set.", "a model": "Name an sft, reward or ppo section.", "a report": "Name an evaluate section."}
+MAKERS = {"data": "Name a rejection section, an annotations section or a data set.", "tasks": "Name a collect section.",
+          "a model": "Name an sft, reward or ppo section.", "a report": "Name an evaluate section."}
 
 
 def preflight(run: Run, names: list[str] | None = None) -> None:
@@ -426,12 +461,12 @@ def preflight(run: Run, names: list[str] | None = None) -> None:
         raise PosttrainError(f"{recipe.path}: model.quantization", f"'{recipe.model.quantization}' without model.lora", "adapters on a quantized base",
                              "Add model.lora: {r: 16, alpha: 32}, or set quantization: none.")
     for name in names or recipe.stages:
-        fields = [(what, *item) for what in ("data", "model") for item in cfg.fields_referring_to(recipe.stages[name], what).items()]
+        fields = [(what, *item) for what in ("data", "model", "tasks") for item in cfg.fields_referring_to(recipe.stages[name], what).items()]
         for what, field_name, value in fields:
-            wanted = "a report" if field_name == "evaluation" else {"data": "data", "model": "a model"}[what]
+            wanted = "a report" if field_name == "evaluation" else {"data": "data", "model": "a model", "tasks": "tasks"}[what]
             for ref in cfg.references(value):
                 made = STAGES[recipe.stages[ref].stage].makes
-                made = made if made == "data" else f"a {made}"
+                made = {"data": "data", "pairs": "data", "tasks": "tasks"}.get(made, f"a {made}")
                 if made != wanted:
                     raise PosttrainError(f"{recipe.path}: stages.{name}.{field_name}", f"'@{ref}' makes {made}", f"a section that makes {wanted}",
                                          MAKERS[wanted])

@@ -120,8 +120,8 @@ def _only(items: list):
     return items[0]
 
 
-class StepTrainer:
-    """Mixin before a transformers Trainer class. The subclass gives `micro_loss` and `totals`; `bind` must be called once."""
+class RoleTrainer:
+    """Mixin before a transformers Trainer class: what it trains, saves and loads is one role (`self.roles`, `self.role`)."""
 
     def __init__(self, model, *args, **kwargs):
         """trl's trainers round what is trained over a quantized base to bfloat16, where updates of 1e-5 vanish: keep it as it was."""
@@ -129,6 +129,19 @@ class StepTrainer:
         super().__init__(model, *args, **kwargs)
         for p, data in kept:
             p.data = data
+
+    def _save(self, output_dir=None, state_dict=None):
+        self.roles.save(self.role.name, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        restore(self.roles, self.role, Path(resume_from_checkpoint))
+
+    def create_model_card(self, *args, **kwargs):
+        return
+
+
+class StepTrainer(RoleTrainer):
+    """One global batch a step. The subclass gives `micro_loss` and `totals`; `bind` must be called once."""
 
     def bind(self, section: Section, roles: Roles, role: Role, trees: list[Tree], batches: list[list[int]], budget: int) -> None:
         self.section, self.roles, self.role = section, roles, role
@@ -171,15 +184,6 @@ class StepTrainer:
         return 0
 
     def _track_num_input_tokens(self, inputs):
-        return
-
-    def _save(self, output_dir=None, state_dict=None):
-        self.roles.save(self.role.name, Path(output_dir or self.args.output_dir))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        restore(self.roles, self.role, Path(resume_from_checkpoint))
-
-    def create_model_card(self, *args, **kwargs):
         return
 
 

@@ -1,6 +1,8 @@
 """Scores of answers under the reward models: the only part of `reward` that other stages use."""
 
+import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -10,6 +12,11 @@ from posttrain.log import Ticker
 from posttrain.models import Roles, source_of
 from posttrain.packing import Tree, collate, token_budget, tree
 from posttrain.runs import Section, read_json
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+PROBE = "Words of every kind: 3,141 naïve tests\n\t(what else?) and 漢字."
+ASKED, ANSWERED = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+DIALOGUES = ([ASKED], [ASKED, ANSWERED, ASKED], [{"role": "system", "content": "Be brief."}, ASKED])
 
 
 def scores(roles: Roles, role: str, trees: list[Tree], budget: int, ticker: Ticker | None = None) -> list[list[float]]:
@@ -73,13 +80,31 @@ def load_scorer(section: Section, roles: Roles, helpfulness: str, safety: str, t
     return Scorer(roles, float(torch.logit(torch.tensor(share, dtype=torch.float64))), f"sigma(R_s) < {share:.3f}, {note}", statistics, budget)
 
 
-def _same_tokenizer(section: Section, roles: Roles, source, name: str) -> None:
-    """A reward model reads the policy's token ids, so it must speak the same tokens."""
+def _same_tokenizer(section: Section, roles: Roles, source: Path, name: str) -> None:
+    """A reward model reads the policy's token ids, so it must have learnt on the same tokens and the same chat template, wherever its folder
+    keeps them. A folder without a tokenizer, or without a template, can't be asked."""
     from transformers import AutoTokenizer
 
-    if not (source / "tokenizer.json").exists():
+    if source.is_dir() and not any((source / file).exists() for file in TOKENIZER_FILES):
         return
-    other = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if other.get_vocab() != roles.tokenizer.get_vocab():
-        raise PosttrainError(f"{section.place}.{name}", f"the reward model in {source.parent.name} has another tokenizer", "the policy's tokenizer",
-                             "Train the reward model on the same base.")
+    mine, other, who = roles.tokenizer, AutoTokenizer.from_pretrained(source, trust_remote_code=False), f"the reward model in {source.parent.name}"
+    if other.get_vocab() != mine.get_vocab() or other.encode(PROBE, add_special_tokens=False) != mine.encode(PROBE, add_special_tokens=False):
+        raise PosttrainError(f"{section.place}.{name}", f"{who} has another tokenizer", "the policy's tokenizer", "Train the reward model on the same base.")
+    template = other.chat_template.get("default") if isinstance(other.chat_template, dict) else other.chat_template
+    if template is None or template == mine.chat_template:
+        return
+    rendering = copy.copy(mine)
+    rendering.chat_template = template
+    for messages in DIALOGUES:
+        theirs, ours = _rendered(rendering, messages), _rendered(mine, messages)
+        if theirs != ours:
+            raise PosttrainError(f"{section.place}.{name}", f"{who} learnt with another chat template: a dialogue reads {theirs!r} there, {ours!r} here",
+                                 "one template for the policy and its reward models", "Train the reward model with this recipe's model.chat_template.")
+
+
+def _rendered(tokenizer, messages: list[dict]) -> str:
+    """A prompt and its answer as the template writes them."""
+    try:
+        return tokenizer.decode(chat.encode_prompt(tokenizer, messages) + chat.encode_answer(tokenizer, messages, "Because."))
+    except PosttrainError as e:
+        return f"an error ({e.found})"

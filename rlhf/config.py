@@ -1,8 +1,9 @@
 """Configuration of rejection sampling and PPO. Defaults are the paper's (section 3.2.3) or method.md section 10's resolutions."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_serializer
+from pydantic_core import PydanticCustomError
 
 from posttrain.config import DataNames, ModelRef, StageConfig
 
@@ -23,17 +24,38 @@ class SamplingConfig(StageConfig):
 
 
 class RejectionStage(SamplingConfig):
-    """K samples a prompt, the best kept (paper 3.2.3; K = 16 is method.md 10.15)."""
+    """K samples a prompt, the best kept (paper 3.2.3; K = 16 is method.md 10.15). The keys of the paper's rounds: a list of temperatures,
+    `pool` from V4 on, `fresh` prompts."""
 
     samples_per_prompt: int = Field(16, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    temperature: float | list[float] = Field(1.0, description="a list: each is tried on sweep_prompts prompts first, the best is used (Fig. 8)")
+    sweep_prompts: int = Field(32, ge=1, description="prompts of the round on which a list of temperatures is tried")
+    pool: DataNames = Field([], description="earlier rejection sections (all they sampled) or demonstrations, scored anew: they compete too")
+    fresh: bool = Field(False, description="leave out prompts that the rejection sections this one descends from have sampled")
     chunk: int = Field(16, ge=1, description="prompts per chunk: the unit of resume")
     rows: int | None = Field(None, ge=1, description="prompts used, of those given")
+
+    @field_validator("temperature")
+    @classmethod
+    def _above_zero(cls, value):
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(0 < v < float("inf") for v in values) or len({*values}) < len(values):
+            raise PydanticCustomError("temperature", "a number above 0, or a list of different ones")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _used_keys(self, dump):
+        """Without the keys that do nothing here: a section that uses none of them keeps the fingerprint it had before they existed."""
+        idle = {"fresh": not self.fresh, "pool": not self.pool, "sweep_prompts": not isinstance(self.temperature, list)}
+        return {k: v for k, v in dump(self).items() if not idle.get(k)}
 
 
 class PPOStage(SamplingConfig):
     """Paper 3.2.3 and method.md 4.3. learning_rate None: 1e-6 full (the paper's), 1e-5 adapters."""
 
+    algorithm: Literal["ppo", "grpo", "rloo", "dpo"] = Field("ppo", description="the others are TRL's, on the same roles; grpo and rloo with the same "
+        "reward; dpo learns from `pairs`, with kl_coef (if set; else 0.1) as its beta; critic, whitening and GAE keys are PPO's alone")
+    pairs: DataNames = Field([], description="what dpo learns from")
     iterations: int = Field(200, ge=1)
     batch_size: int = Field(512, ge=2, description="samples per iteration")
     mini_batch_size: int = Field(64, ge=1, description="samples per gradient step")
@@ -41,12 +63,16 @@ class PPOStage(SamplingConfig):
     learning_rate: float | None = Field(None, gt=0)
     critic_learning_rate: float | None = Field(None, gt=0)
     kl_coef: float = Field(0.01, ge=0)
+    kl_estimator: Literal["k1", "abs", "k2", "k3"] = Field("k1", description="of a token's KL in the reward; the KL that is told stays k1 (method.md 10.4)")
     clip_range: float = Field(0.2, gt=0)
-    value_clip_range: float = Field(0.2, gt=0)
+    value_clip_range: float | None = Field(0.2, gt=0, description="null: values are not clipped")
+    passes: int = Field(1, ge=1, description="over an iteration's answers; the paper's is one")
     gamma: float = Field(1.0, gt=0, le=1)
     gae_lambda: float = Field(0.95, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
-    whiten: Literal["auto", "batch", "running", "none"] = "auto"
+    whiten: Literal["auto", "batch", "running", "none"] = Field("auto", description="merged scores by the iteration's own mean and deviation, "
+        "by running ones (auto: below 128 answers) or not; none with standardize_rewards: by the reward models' held-out ones (method.md 10.1)")
+    score_clip: float | None = Field(None, gt=0, description="bound of a whitened score, both ways")
     unfinished_score: float | None = Field(-1.0, description="ceiling of the whitened score of an answer that was cut off; null: no ceiling, its "
                                            "score as an answer that ends there stands")
     critic_warmup: int = Field(10, ge=0, description="most critic-only iterations before PPO begins")
@@ -63,3 +89,52 @@ class PPOStage(SamplingConfig):
     max_kl: float | None = Field(None, gt=0, description="nats per sequence on held-out prompts; a checkpoint beyond it is never the best")
     save_steps: int = Field(5, ge=1, description="iterations between checkpoints")
     sample_every: int = Field(5, ge=1)
+    entropy: bool = Field(False, description="tell the mean entropy of the policy's distribution over response tokens; one more pass of the vocabulary")
+
+    @model_serializer(mode="wrap")
+    def _used_keys(self, dump):
+        """Without later keys that are as if they did not exist: such a section keeps its fingerprint."""
+        plain = {"algorithm": "ppo", "pairs": [], "kl_estimator": "k1", "passes": 1, "score_clip": None, "entropy": False}
+        return {k: v for k, v in dump(self).items() if k not in plain or v != plain[k]}
+
+
+class CollectStage(StageConfig):
+    """Two answers a prompt for annotators to compare (paper 3.2.1), of two variants: a variant is a policy at a temperature. One policy or
+    one temperature stands for both variants."""
+
+    standardize_rewards: ClassVar[bool] = False  # the stored scores are raw
+
+    prompts: DataNames
+    policies: Annotated[list[str], Field(min_length=1, max_length=2, json_schema_extra={"refers_to": "model"})]
+    temperatures: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=2)]
+    helpfulness: ModelRef | None = Field(None, description="with `safety`: scores kept in the key, for nobody who annotates")
+    safety: ModelRef | None = None
+    rows: int | None = Field(None, ge=1, description="prompts used, of those given")
+    max_new_tokens: int = Field(512, ge=1)
+    max_prompt_tokens: int = Field(1024, ge=1)
+    chunk: int = Field(64, ge=1, description="prompts per chunk: the unit of resume")
+    batch: int = Field(64, ge=1, description="samples decoded side by side")
+
+    @field_validator("temperatures")
+    @classmethod
+    def _two_variants(cls, temperatures: list[float], info: ValidationInfo) -> list[float]:
+        policies = info.data.get("policies", [])
+        if len(set(policies)) == 1 == len(set(temperatures)):
+            raise PydanticCustomError("variants", "Two different variants: two policies, or one at two temperatures")
+        return temperatures
+
+    @field_validator("safety")
+    @classmethod
+    def _both_models(cls, safety: str | None, info: ValidationInfo) -> str | None:
+        if (safety is None) != (info.data.get("helpfulness") is None):
+            raise PydanticCustomError("both", "Both reward models, helpfulness and safety, or none")
+        return safety
+
+
+class AnnotationsStage(StageConfig):
+    """Annotators' choices joined with their tasks: preference pairs that reward models train on."""
+
+    tasks: str = Field(pattern="^@", description="a collect section", json_schema_extra={"refers_to": "tasks"})
+    annotations: Annotated[list[str], Field(min_length=1, json_schema_extra={"refers_to": "file"})]
+    safety: bool | None = Field(None, description="true: pairs of safety tasks alone, false: of the others alone")
+    held_out: int = Field(0, ge=0, description="pairs kept from training, by prompt (paper: 1,000 of every batch)")

@@ -6,15 +6,19 @@ Shapes: (B, R) with response_mask True on generated tokens, the end token includ
 import torch
 from torch import Tensor
 
+ESTIMATORS = {  # of a token's KL from x = log policy - log reference; k1 and k3 are unbiased (Schulman, "Approximating KL Divergence")
+    "k1": lambda x: x, "abs": torch.abs, "k2": lambda x: x * x / 2, "k3": lambda x: torch.expm1(-x) + x}
 
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float) -> tuple[Tensor, Tensor]:
-    """-beta * k1 on every token and the score on the last (method.md 10.4, 10.9). Returns (rewards (B, R), sequence KL (B,) in nats).
 
-    With gamma = 1 the token terms add up to the sequence penalty of paper Eq. 4.
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float,
+                  estimator: str = "k1") -> tuple[Tensor, Tensor]:
+    """-beta * KL on every token and the score on the last (method.md 10.4, 10.9). Returns (rewards (B, R), sequence KL (B,) in nats).
+
+    With k1 and gamma = 1 the token terms add up to the sequence penalty of paper Eq. 4. The sequence KL is k1's whatever is paid for.
     """
     kl = (logprobs - ref_logprobs) * response_mask
     last = response_mask.size(1) - 1 - response_mask.int().flip(1).argmax(1)
-    rewards = -kl_coef * kl
+    rewards = -kl_coef * ESTIMATORS[estimator](kl)
     return rewards.index_put((torch.arange(len(scores), device=scores.device), last), scores.to(rewards), accumulate=True), kl.sum(1)
 
 

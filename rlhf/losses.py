@@ -15,8 +15,9 @@ def policy(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_rang
     return torch.maximum(plain, cut), ratio.detach(), (cut > plain).detach()
 
 
-def value(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """0.5 * max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2). Returns (loss (N,), clipped (N,) bool)."""
+def value(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> tuple[Tensor, Tensor]:
+    """0.5 * max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2); c None: 0.5 * (v - R)^2. Returns (loss (N,), clipped (N,) bool)."""
+    clip_range = float("inf") if clip_range is None else clip_range
     near = torch.clamp(values, old_values - clip_range, old_values + clip_range)
     plain, cut = (values - returns) ** 2, (near - returns) ** 2
     return 0.5 * torch.maximum(plain, cut), (cut > plain).detach()

@@ -1,31 +1,33 @@
 """PPO as in the paper (section 3.2.3; method.md 4.2-4.4 and 10): policy, frozen reference, critic and two reward models as roles
 on one base; the gate; scores whitened before the KL term; per-token KL; GAE; clipped losses; one gradient step per mini-batch.
 
-The loop is `run`; the maths is in gate.py, credit.py and losses.py, the sampling in rollout.py.
+The loop is `run`; the maths is in gate.py, credit.py and losses.py, the sampling in rollout.py, what survives a kill in checkpoint.py.
+Several processes walk the loop in step (posttrain/distributed.py): each samples, scores and differentiates its share of the answers, and
+everything in between (whitening, rewards, advantages, statistics, decisions) is computed by each from the tensors of the whole batch.
 """
 
 import random
 import resource
-import shutil
 import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from posttrain import distributed
 from posttrain.data import prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.generate import Sampling
 from posttrain.log import read_lines
 from posttrain.models import Roles, roles_for, source_of
-from posttrain.runs import Section, read_json, write_json
+from posttrain.packing import MicroBatch
+from posttrain.runs import Section
 from posttrain.statistics import interval, standard_error
-from posttrain.tensors import masked_mean, whiten
-from posttrain.training import choose_budget, newest_checkpoint, restore, seal
+from posttrain.tensors import masked_mean, token_entropy, whiten
+from posttrain.training import choose_budget
 from reward.score import Scorer, load_scorer
-from rlhf import credit, gate, losses
-from rlhf.rollout import Batches, Encoded, Rollout, Scored, answer_trees, derive_seed, encode_prompts, make_batches, sample_and_score, sequence_kl
+from rlhf import checkpoint, credit, gate, losses
+from rlhf.checkpoint import State
+from rlhf.rollout import Batches, Encoded, Rollout, Scored, answer_trees, derive_seed, encode_prompts, make_batches, rows_at_once, sample_and_score, sequence_kl
 
 PAPER_RATE, ADAPTER_RATE, CRITIC_RATE, ADAPTER_CRITIC_RATE = 1e-6, 1e-5, 1e-5, 1e-4
 WHITEN_ALONE = 128  # samples an iteration needs to be whitened by its own statistics (method.md 10.1)
@@ -34,34 +36,23 @@ FEW_FINISHED = 0.2
 RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
-@dataclass
-class State:
-    """Everything that must survive a kill besides weights and optimizers. All randomness is derived from (seed, iteration)."""
-
-    iteration: int = 0
-    warm: bool = False
-    warmup_rounds: int = 0
-    moments: tuple[float, float, float] = (0, 0.0, 0.0)
-    best: float | None = None
-    best_iteration: int = 0
-    worse: int = 0
-    start_rows: list = field(default_factory=list)
-    best_rows: list = field(default_factory=list)
-
-
 def run(section: Section) -> None:
     config = section.config
+    if config.algorithm != "ppo":
+        from rlhf import trl_algorithms
+
+        return trl_algorithms.run(section)
     # 1. five roles on one base
     roles, scorer = load_roles(section)
     policy_optimizer, critic_optimizer = optimizers(section, roles)
     prompts, watched = split_prompts(section, roles)
-    state = resume(section, roles, policy_optimizer, critic_optimizer)
+    state = checkpoint.resume(section, roles, policy_optimizer, critic_optimizer)
     announce(section, scorer, prompts, watched)
 
     # 2. the critic learns what a whitened return is before the policy listens to it
     while not state.warm:
         warm_up(section, roles, scorer, critic_optimizer, prompts, state)
-        save(section, roles, policy_optimizer, critic_optimizer, state)
+        checkpoint.save(section, roles, policy_optimizer, critic_optimizer, state)
 
     # 3. how the starting policy does on prompts PPO never trains on
     if not state.start_rows:
@@ -84,7 +75,8 @@ def run(section: Section) -> None:
             clock.append(time.time())
 
             # 6. rewards per token, advantages, returns
-            rewards, kl = credit.token_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.response_mask, config.kl_coef)
+            rewards, kl = credit.token_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.response_mask, config.kl_coef,
+                                               config.kl_estimator)
             advantages, returns = credit.gae(rewards, rollout.values, rollout.response_mask, config.gamma, config.gae_lambda)
             advantages = whiten(advantages, rollout.response_mask)
 
@@ -103,7 +95,7 @@ def run(section: Section) -> None:
             if state.iteration % config.sample_every == 0 or state.iteration == 1:
                 section.log.samples(sample_rows(scored, kl, roles, state.iteration))
             if state.iteration % config.save_steps == 0 or state.iteration == config.iterations:
-                save(section, roles, policy_optimizer, critic_optimizer, state)
+                checkpoint.save(section, roles, policy_optimizer, critic_optimizer, state)
             ticker.advance(1, note=f"reward {row['ppo/merged_reward']:.3f}, KL {row['ppo/kl']:.2f}")
     finish(section, roles, scorer, state)
 
@@ -120,7 +112,8 @@ def load_roles(section: Section) -> tuple[Roles, Scorer]:
     torch.manual_seed(section.seed)
     roles.add("policy", start, trainable=True)
     roles.add("reference", start)
-    roles.add("critic", source_of(section, config.helpfulness), trainable=True, head="zero", fresh_adapter=False)
+    if config.algorithm == "ppo":
+        roles.add("critic", source_of(section, config.helpfulness), trainable=True, head="zero", fresh_adapter=False)
     budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["policy"]))
     scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
     return roles, scorer
@@ -165,9 +158,10 @@ def iteration_prompts(prompts: list[Encoded], need: int, seed: int, iteration: i
 
 
 def announce(section: Section, scorer: Scorer, prompts, watched) -> None:
-    c = section.config
+    c, processes = section.config, f"{distributed.world()} processes; " if distributed.world() > 1 else ""
     section.log.say(f"{len(prompts)} prompts, {len(watched)} watched for early stopping; {c.iterations} iterations of {c.batch_size} answers, "
-                    f"{-(-c.batch_size // c.mini_batch_size)} steps each; beta {c.kl_coef:g}; whitening: {whitening(c)}; gate: {scorer.threshold_note}")
+                    f"{-(-c.batch_size // c.mini_batch_size) * c.passes} steps each; {processes}beta {c.kl_coef:g}; whitening: {whitening(c)}; "
+                    f"gate: {scorer.threshold_note}")
 
 
 # -- one iteration ---------------------------------------------------------------------------------------------------------------
@@ -177,7 +171,7 @@ def collect(section: Section, roles: Roles, scorer: Scorer, prompts: list[Encode
     c = section.config
     chosen = iteration_prompts(prompts, c.batch_size // c.samples_per_prompt, section.seed, iteration)
     return sample_and_score(roles, "policy", scorer, chosen, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature),
-                            derive_seed(section.seed, "sample", iteration), c.batch, c.standardize_rewards)
+                            derive_seed(section.seed, "sample", iteration), rows_at_once(section, roles, prompts), c.standardize_rewards)
 
 
 def whitening(config) -> str:
@@ -187,13 +181,15 @@ def whitening(config) -> str:
 
 
 def final_scores(section: Section, scored: Scored, state: State) -> Tensor:
-    """(B,) merged scores, whitened and, for answers that were cut off, capped."""
+    """(B,) merged scores, whitened, clipped where the recipe says so and, for answers that were cut off, capped."""
     merged, kind = scored.merged.flatten(), whitening(section.config)
     if kind == "batch":
         merged = gate.whiten_scores(merged)
     elif kind == "running":
         state.moments = gate.update_moments(state.moments, merged)
         merged = gate.whiten_running(merged, state.moments)
+    if section.config.score_clip is not None:
+        merged = merged.clamp(-section.config.score_clip, section.config.score_clip)
     ceiling = section.config.unfinished_score
     return merged if ceiling is None else gate.cap_unfinished(merged, scored.finished.flatten(), ceiling)
 
@@ -203,24 +199,35 @@ def make_rollout(section: Section, roles: Roles, scored: Scored, state: State) -
     order = list(range(len(trees)))
     random.Random(derive_seed(section.seed, "mini-batches", state.iteration, state.warmup_rounds)).shuffle(order)
     batches = make_batches(trees, c.mini_batch_size, c.micro_batch_tokens or section.manifest["decisions"]["micro_batch_tokens"], roles, order)
-    zeros = torch.zeros(batches.response_mask.shape, device=roles.device)
-    old, ref, values = zeros.clone(), zeros.clone(), zeros.clone()
+    entropies = []
+
+    def policy(batch: MicroBatch) -> Tensor:
+        hidden = roles.hidden("policy", batch)
+        if c.entropy:
+            entropies.append(token_entropy(hidden[batch.predictors], roles.vocabulary("policy"), c.temperature).sum().item())
+        return roles.logprobs_of("policy", hidden, batch, c.temperature)
+
     quantized = section.recipe.model.quantization != "none"  # its kernels differ with and without gradients: use the trainer's
     with torch.set_grad_enabled(quantized):
-        for batch, where in batches.flat():
-            old += batches.spread(batch, where, roles.logprobs("policy", batch, c.temperature).detach())
-            ref += batches.spread(batch, where, roles.logprobs("reference", batch, c.temperature).detach())
-            values += batches.spread(batch, where, roles.scalars_at("critic", roles.hidden("critic", batch), batch.predictors).detach())
+        old = batches.table(policy, roles.device)
+        ref = batches.table(lambda batch: roles.logprobs("reference", batch, c.temperature), roles.device)
+        values = batches.table(lambda batch: values_of(roles, batch), roles.device)
+    entropy = sum(distributed.gather(sum(entropies))) / sum(batches.counts) if c.entropy else None
     scores = final_scores(section, scored, state).to(roles.device)
-    return batches, Rollout(batches.response_mask, old, ref, values, scores.float()).check()
+    return batches, Rollout(batches.response_mask, old, ref, values, scores.float(), entropy).check()
+
+
+def values_of(roles: Roles, batch: MicroBatch) -> Tensor:
+    """(N,) the critic's value of the state before each counted token."""
+    return roles.scalars_at("critic", roles.hidden("critic", batch), batch.predictors)
 
 
 def update(section: Section, roles: Roles, batches: Batches, rollout: Rollout, advantages: Tensor, returns: Tensor,
            policy_optimizer, critic_optimizer) -> dict[str, float]:
-    """One pass: every mini-batch is one step of both optimizers; losses are means over the mini-batch's tokens."""
+    """Every mini-batch is one step of both optimizers; losses are means over the mini-batch's tokens, of all processes together."""
     c, stats, tokens = section.config, {}, 0
-    for step, (minis, wheres) in enumerate(zip(batches.mini, batches.where, strict=True)):
-        count = sum(len(b.targets) for b in minis)
+    steps = [*zip(batches.mini, batches.where, batches.counts, strict=True)] * c.passes
+    for step, (minis, wheres, count) in enumerate(steps):
         sums = dict.fromkeys(("policy_loss", "value_loss", "ratio", "ratio_deviation", "clip_fraction", "value_clip_fraction", "policy_kl"), 0.0)
         for batch, where in zip(minis, wheres, strict=True):
             def of(full, batch=batch, where=where):
@@ -229,27 +236,35 @@ def update(section: Section, roles: Roles, batches: Batches, rollout: Rollout, a
             logprobs = roles.logprobs("policy", batch, c.temperature)
             loss, ratio, clipped = losses.policy(logprobs, of(rollout.old_logprobs), of(advantages), c.clip_range)
             (loss.sum() / count).backward()  # before the critic's forward: with checkpointing a role's backward must end first
-            values = roles.scalars_at("critic", roles.hidden("critic", batch), batch.predictors)
+            values = values_of(roles, batch)
             value_loss, value_clipped = losses.value(values, of(rollout.values), of(returns), c.value_clip_range)
             (value_loss.sum() / count).backward()
             for key, x in (("policy_loss", loss), ("value_loss", value_loss), ("ratio", ratio), ("ratio_deviation", (ratio - 1).abs()),
                            ("clip_fraction", clipped), ("value_clip_fraction", value_clipped),
                            ("policy_kl", of(rollout.old_logprobs) - logprobs)):
                 sums[key] += x.detach().float().sum().item()
+        sums = distributed.add_numbers(sums)
         if step == 0:
             tripwire(section, roles, sums["ratio_deviation"] / count)
         for name, optimizer in (("policy", policy_optimizer), ("critic", critic_optimizer)):
-            norm = torch.nn.utils.clip_grad_norm_(roles[name].parameters(), c.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise PosttrainError(section.place, f"the {name}'s gradient norm became {norm.item()}", "a finite number",
-                                     "Lower the learning rate or set model.dtype: float32; the last checkpoint is kept.")
-            stats[f"{name}_grad_norm"] = stats.get(f"{name}_grad_norm", 0.0) + norm.item() / len(batches.mini)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm = step_of(section, roles, name, optimizer)
+            stats[f"{name}_grad_norm"] = stats.get(f"{name}_grad_norm", 0.0) + norm / len(steps)
         tokens += count
         for key, x in sums.items():
             stats[key] = stats.get(key, 0.0) + x
     return {k: v if k.endswith("grad_norm") else v / tokens for k, v in stats.items()}
+
+
+def step_of(section: Section, roles: Roles, name: str, optimizer) -> float:
+    """One optimizer step of a role from the gradients of all processes, clipped. Returns their norm before the clip; raises where it is no number."""
+    distributed.add_gradients(roles[name].parameters())
+    norm = torch.nn.utils.clip_grad_norm_(roles[name].parameters(), section.config.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise PosttrainError(section.place, f"the {name}'s gradient norm became {norm.item()}", "a finite number",
+                             "Lower the learning rate or set model.dtype: float32; the last checkpoint is kept.")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
 
 
 def tripwire(section: Section, roles: Roles, deviation: float) -> None:
@@ -311,7 +326,8 @@ def warm_up(section: Section, roles: Roles, scorer: Scorer, optimizer, prompts, 
 def rollout_for_critic(section, roles, scorer, prompts, state, number) -> tuple[Batches, Rollout, Tensor]:
     scored = collect(section, roles, scorer, prompts, number)
     batches, rollout = make_rollout(section, roles, scored, state)
-    rewards, _ = credit.token_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.response_mask, section.config.kl_coef)
+    rewards, _ = credit.token_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.response_mask, section.config.kl_coef,
+                                      section.config.kl_estimator)
     # lambda = 1: returns are plain rewards-to-go, the same whatever the untrained critic says
     _, returns = credit.gae(rewards, torch.zeros_like(rollout.values), rollout.response_mask, section.config.gamma, 1.0)
     return batches, rollout, returns
@@ -323,23 +339,17 @@ def critic_fit(batches: Batches, rollout: Rollout, returns: Tensor) -> float:
 
 def refresh_values(roles: Roles, one) -> tuple[Batches, Rollout, Tensor]:
     batches, rollout, returns = one
-    values = torch.zeros_like(rollout.values)
     with torch.no_grad():
-        for batch, where in batches.flat():
-            values += batches.spread(batch, where, roles.scalars_at("critic", roles.hidden("critic", batch), batch.predictors))
+        values = batches.table(lambda batch: values_of(roles, batch), roles.device)
     return batches, Rollout(rollout.response_mask, rollout.old_logprobs, rollout.ref_logprobs, values, rollout.scores), returns
 
 
 def critic_pass(section: Section, roles: Roles, optimizer, one) -> None:
     batches, _, returns = one
-    for minis, wheres in zip(batches.mini, batches.where, strict=True):
-        count = sum(len(b.targets) for b in minis)
+    for minis, wheres, count in zip(batches.mini, batches.where, batches.counts, strict=True):
         for batch, where in zip(minis, wheres, strict=True):
-            values = roles.scalars_at("critic", roles.hidden("critic", batch), batch.predictors)
-            (0.5 * (values - batches.of(batch, where, returns)).square().sum() / count).backward()
-        torch.nn.utils.clip_grad_norm_(roles["critic"].parameters(), section.config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            (0.5 * (values_of(roles, batch) - batches.of(batch, where, returns)).square().sum() / count).backward()
+        step_of(section, roles, "critic", optimizer)
 
 
 # -- watching ------------------------------------------------------------------------------------------------------------------
@@ -349,7 +359,7 @@ def evaluate(section: Section, roles: Roles, scorer: Scorer, watched: list[Encod
     """The policy on the watched prompts, with the same seeds every time: one row per answer, with its sequence KL to the reference."""
     c = section.config
     scored = sample_and_score(roles, "policy", scorer, watched, c.eval_samples, Sampling(c.max_new_tokens, c.temperature),
-                              derive_seed(section.seed, "watched"), c.batch, c.standardize_rewards)
+                              derive_seed(section.seed, "watched"), rows_at_once(section, roles, watched), c.standardize_rewards)
     budget = c.micro_batch_tokens or section.manifest["decisions"]["micro_batch_tokens"]
     kl = sequence_kl(roles, "policy", "reference", scored, budget, c.temperature)
     merged, groups = scored.merged.flatten().tolist(), [prompt_key(p.prompt) for p in watched for _ in range(c.eval_samples)]
@@ -367,11 +377,7 @@ def keep_best(section: Section, roles: Roles, state: State, rows: list[dict], it
     within = section.config.max_kl is None or kl <= section.config.max_kl
     if state.best is None or (within and reward > state.best):
         state.best, state.best_iteration, state.best_rows, state.worse = reward, iteration, rows, 0
-        fresh, best = section.folder / "best.tmp", section.folder / f"best-{iteration}"
-        for path in (fresh, best):
-            shutil.rmtree(path, ignore_errors=True)
-        roles.save("policy", fresh)
-        fresh.rename(best)
+        checkpoint.keep(section, roles, iteration)
     else:
         state.worse += 1
 
@@ -393,7 +399,7 @@ def iteration_metrics(scored: Scored, rollout: Rollout, kl: Tensor, returns: Ten
         "kl": kl.mean().item(), "explained_variance": credit.explained_variance(rollout.values, returns, rollout.response_mask),
         "value_mean": masked_mean(rollout.values, rollout.response_mask).item(), "answer_tokens": lengths.mean().item(),
         "finished": scored.finished.float().mean().item(), "routed_by_tag": scored.by_tag.float().mean().item(),
-        "routed_by_threshold": scored.by_threshold.float().mean().item(), **stats,
+        "routed_by_threshold": scored.by_threshold.float().mean().item(), **stats, **({} if rollout.entropy is None else {"entropy": rollout.entropy}),
         "seconds_generate": scored.sampling_seconds, "seconds_score": read - began - scored.sampling_seconds, "seconds_update": ended - read,
         "tokens_per_second": lengths.sum().item() / max(ended - began, 1e-9), "peak_memory_gb": peak_memory(),
     }
@@ -401,9 +407,9 @@ def iteration_metrics(scored: Scored, rollout: Rollout, kl: Tensor, returns: Ten
 
 
 def peak_memory() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    """GB, of the process that used most."""
+    cuda = torch.cuda.is_available()
+    return max(distributed.gather(torch.cuda.max_memory_allocated() / 1e9 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
 
 
 def sample_rows(scored: Scored, kl: Tensor, roles: Roles, iteration: int, n: int = 4) -> list[dict]:
@@ -412,85 +418,27 @@ def sample_rows(scored: Scored, kl: Tensor, roles: Roles, iteration: int, n: int
     return [{"step": iteration, **{a: b for a, b in r.items() if a != "ids"}, "kl": kl[i * k].item()} for i, r in enumerate(rows)]
 
 
-# -- surviving -----------------------------------------------------------------------------------------------------------------
-
-
-def save(section: Section, roles: Roles, policy_optimizer, critic_optimizer, state: State) -> None:
-    """checkpoint-N: both adapters, the critic's head, both optimizers, the state; sealed with checksums, written last."""
-    folder = section.folder / f"checkpoint-{state.iteration}"
-    work = section.folder / "checkpoint.tmp"
-    shutil.rmtree(work, ignore_errors=True)
-    for name, optimizer in (("policy", policy_optimizer), ("critic", critic_optimizer)):
-        roles.save(name, work / name)
-        torch.save(optimizer.state_dict(), work / f"{name}_optimizer.pt")
-        for file in (work / name).iterdir():
-            file.rename(work / f"{name}.{file.name}")
-        (work / name).rmdir()
-    write_json(work / "state.json", asdict(state))
-    seal(work)
-    shutil.rmtree(folder, ignore_errors=True)
-    work.rename(folder)
-    old = sorted(section.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[:-2]
-    keep = {f"best-{read_json(p / 'state.json')['best_iteration']}" for p in section.folder.glob("checkpoint-*") if p not in old}
-    for path in [*old, *(p for p in section.folder.glob("best-*") if p.name not in keep and p.name != f"best-{state.best_iteration}")]:
-        shutil.rmtree(path)
-
-
-def resume(section: Section, roles: Roles, policy_optimizer, critic_optimizer) -> State:
-    """The state of the newest complete checkpoint, with weights and optimizers put back; a new one if there is none."""
-    checkpoint = newest_checkpoint(section.folder, section.log.say)
-    if checkpoint is None:
-        section.log.rewind(-1)
-        return State()
-    for name, optimizer in (("policy", policy_optimizer), ("critic", critic_optimizer)):
-        with _role_folder(checkpoint, name) as folder:
-            restore(roles, roles[name], folder)
-        optimizer.load_state_dict(torch.load(checkpoint / f"{name}_optimizer.pt", weights_only=True, map_location=roles.device))
-    told = read_json(checkpoint / "state.json")
-    state = State(**{**told, "moments": tuple(told["moments"])})
-    section.log.rewind(state.iteration if state.iteration or state.start_rows else -1)
-    section.log.say(f"going on after iteration {state.iteration} of {section.config.iterations}")
-    return state
-
-
-class _role_folder:
-    """A checkpoint's files of one role, under the names `restore` reads."""
-
-    def __init__(self, checkpoint: Path, name: str):
-        self.checkpoint, self.name = checkpoint, name
-
-    def __enter__(self) -> Path:
-        import tempfile
-
-        self.temp = tempfile.TemporaryDirectory(dir=self.checkpoint.parent)
-        for file in self.checkpoint.glob(f"{self.name}.*"):
-            (Path(self.temp.name) / file.name.removeprefix(f"{self.name}.")).hardlink_to(file)
-        return Path(self.temp.name)
-
-    def __exit__(self, *_):
-        self.temp.cleanup()
+# -- the end -------------------------------------------------------------------------------------------------------------------
 
 
 def finish(section: Section, roles: Roles, scorer: Scorer, state: State) -> None:
     """Output the best policy; say what PPO gained on the watched prompts."""
-    best = section.folder / f"best-{state.best_iteration}"
-    work = section.folder / "model.tmp"
-    for path in (work, section.folder / "model"):
-        shutil.rmtree(path, ignore_errors=True)
-    shutil.copytree(best, work)
-    work.rename(section.folder / "model")
+    config = section.config
+    checkpoint.output(section, state.best_iteration)
     groups = [r["prompt"] for r in state.start_rows]
     gain = [b["merged"] - a["merged"] for a, b in zip(state.start_rows, state.best_rows, strict=True)]
     kl = sum(r["kl"] for r in state.best_rows) / len(state.best_rows)
-    ran = [r for r in read_lines(section.folder / "metrics.jsonl") if "ppo/kl" in r]
+    ran = [r for r in read_lines(section.folder / "metrics.jsonl") if "ppo/routed_by_tag" in r]
     section.finish({
-        "iterations": state.iteration, "best_iteration": state.best_iteration, "stopped_early": state.iteration < section.config.iterations,
-        "safety_threshold": scorer.threshold_note, "warmup_rounds": state.warmup_rounds, "whitening": whitening(section.config),
-        "standardize_rewards": section.config.standardize_rewards, "routed_by_tag": sum(r["ppo/routed_by_tag"] for r in ran) / max(len(ran), 1),
+        "algorithm": config.algorithm, "iterations": state.iteration, "best_iteration": state.best_iteration,
+        "stopped_early": state.iteration < config.iterations,
+        "safety_threshold": scorer.threshold_note, "warmup_rounds": state.warmup_rounds,
+        "whitening": whitening(config) if config.algorithm == "ppo" else "none", "standardize_rewards": config.standardize_rewards,
+        "routed_by_tag": sum(r["ppo/routed_by_tag"] for r in ran) / max(len(ran), 1),
         "routed_by_threshold": sum(r["ppo/routed_by_threshold"] for r in ran) / max(len(ran), 1),
         "watched": {"start": interval([r["merged"] for r in state.start_rows], groups), "best": interval([r["merged"] for r in state.best_rows], groups),
                      "paired_difference": interval(gain, groups), "standard_error": standard_error(gain, groups), "kl": kl},
     })
-    section.log.say(f"best after iteration {state.best_iteration}{' (stopped early)' if state.iteration < section.config.iterations else ''}: "
+    section.log.say(f"best after iteration {state.best_iteration}{' (stopped early)' if state.iteration < config.iterations else ''}: "
                     f"watched merged reward {sum(r['merged'] for r in state.start_rows) / len(gain):.3f} -> "
                     f"{sum(r['merged'] for r in state.best_rows) / len(gain):.3f} at KL {kl:.2f} nats")

@@ -1,71 +1,158 @@
 """Rejection sampling (paper section 3.2.3): K answers a prompt, scored by both reward models, the best kept as a demonstration.
 
-Everything sampled stays on disk with its scores. The unit of resume is a chunk of prompts with a seed of its own.
+Of a list of temperatures the best is found on a few prompts first (Fig. 8). From V4 on the paper lets the answers of all earlier
+versions compete, scored by the newest reward models: `pool`. `fresh` leaves out the prompts of earlier rounds.
+
+Everything sampled or scored anew stays on disk with its scores, in chunks/ and pool/. The unit of resume is a chunk with a seed of its
+own. data.jsonl holds the kept answers as ordinary demonstrations: a later section names "@SECTION", and a recipe of another model
+(a smaller one learns from a larger one's answers) names the file, with format: messages.
 """
 
 import json
 import math
 import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from posttrain import chat
-from posttrain.data import prompt_key
+from posttrain.config import references
+from posttrain.data import content, naming, prompt_key
 from posttrain.errors import PosttrainError
-from posttrain.formats import Prompt
+from posttrain.formats import Demonstration, Prompt
 from posttrain.generate import Sampling
 from posttrain.log import append_line
-from posttrain.models import roles_for, source_of
+from posttrain.models import Roles, roles_for, source_of
 from posttrain.runs import Section, digest, write_atomic
 from posttrain.statistics import interval
 from posttrain.training import choose_budget
-from reward.score import load_scorer
-from rlhf.rollout import derive_seed, encode_prompts, sample_and_score
+from reward.score import Scorer, load_scorer
+from rlhf.rollout import Encoded, derive_seed, encode_prompts, merge_scores, rows_at_once, sample_and_score
 
 
 def run(section: Section) -> None:
     config = section.config
     prompts = _prompts(section)
+    demonstrations = {name: _demonstrations(section, name) for name in config.pool if not _is_round(section, name)}
     roles = roles_for(section)
     roles.add("policy", source_of(section, config.policy))
     budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["policy"]))
     scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
-    encoded = encode_prompts(section, prompts, roles, config.max_prompt_tokens)
-    chunks = [encoded[i:i + config.chunk] for i in range(0, len(encoded), config.chunk)]
-    section.log.say(f"{len(encoded)} prompts x {config.samples_per_prompt} samples in {len(chunks)} chunks; temperature {config.temperature:g}; "
-                    f"safety gate: {scorer.threshold_note}")
+    left = encode_prompts(section, prompts, roles, config.max_prompt_tokens)
+    k, temperature, tried, rows = config.samples_per_prompt, config.temperature, None, []
+    tries = sorted(temperature) if isinstance(temperature, list) else [temperature]
+    section.log.say(f"{len(left)} prompts x {k} samples; temperature {', '.join(f'{t:g}' for t in tries)}; safety gate: {scorer.threshold_note}")
 
-    folder = section.folder / "chunks"
-    folder.mkdir(exist_ok=True)
-    sampling = Sampling(config.max_new_tokens, config.temperature)
-    have = [read_chunk(folder / f"{i:05d}.json") for i in range(len(chunks))]
-    with section.log.progress(len(chunks), "sampling", "chunk", sum(h is not None for h in have)) as ticker:
-        for i, chunk in enumerate(chunks):
-            if have[i] is None:
-                scored = sample_and_score(roles, "policy", scorer, chunk, config.samples_per_prompt, sampling,
-                                          derive_seed(section.seed, section.name, i), config.batch, config.standardize_rewards)
-                have[i] = scored.rows(roles.tokenizer)
-                for row, p in zip(have[i], [p for p in chunk for _ in range(config.samples_per_prompt)], strict=True):
-                    row |= {"is_safety": p.prompt.safety, "spells": chat.spelled_token(roles.tokenizer, row["answer"])}
-                write_chunk(folder / f"{i:05d}.json", have[i])
-                ticker.advance(1, note=f"{sum(len(r['ids']) for r in have[i])} tokens")
-    rows = [r for chunk in have for r in chunk]
-    bags = [rows[i:i + config.samples_per_prompt] for i in range(0, len(rows), config.samples_per_prompt)]
-    kept = select(bags)
-    write_outputs(section, bags, kept)
-    told = results(config, bags, kept, scorer)
+    # 1. the temperature: each is tried on the same prompts, and what was sampled at the best is part of the round
+    if isinstance(temperature, list):
+        first, left = sweep_prompts(section, left)
+        bags = {t: in_bags(sample_chunks(section, roles, scorer, first, t, f"sweep-{t}-"), k) for t in tries}
+        temperature, tried = best_temperature(section, bags)
+        rows = [r for bag in bags[temperature] for r in bag]
+        section.log.say(f"temperature {temperature:g} is used: best of {k} by temperature "
+                        + ", ".join(f"{c['temperature']:g}: {c['best_of_n'][-1]['max']:.3f}" for c in tried) + f" ({len(first)} prompts)")
+
+    # 2. the round
+    rows += sample_chunks(section, roles, scorer, left, temperature)
+    bags = in_bags(rows, k)
+
+    # 3. the answers of earlier rounds, scored anew
+    pooled = [r for name in config.pool for r in pool(section, roles, scorer, name, demonstrations.get(name))]
+
+    # 4. the best of every prompt
+    contest = join(bags, pooled)
+    kept = select(contest)
+    write_outputs(section, bags, contest, kept)
+    told = results(section, bags, contest, kept, scorer, temperature)
+    told |= {"temperature_sweep": {"prompts": len(first), "curves": tried}} if tried else {}
+    told |= {"pool": by_origin(section, rows, pooled, kept)} if config.pool else {}
     section.finish(told)
-    section.log.say(f"{len(kept)} of {len(bags)} prompts keep their best answer; mean merged reward of their answers "
+    section.log.say(f"{len(kept)} of {len(contest)} prompts keep their best answer; mean merged reward of their answers "
                     f"{told['mean_reward_of_kept_prompts']:.3f} -> {told['mean_reward_kept']:.3f}; "
                     f"of {len(rows)} samples {why_unusable(rows)}")
+    if config.pool:
+        section.log.say("kept answers by origin: " + ", ".join(f"{name} {o['kept']} of {o['answers']}" for name, o in told["pool"].items()))
+
+
+# -- the prompts -------------------------------------------------------------------------------------------------------------------
 
 
 def _prompts(section: Section) -> list[Prompt]:
     found = [p for name in section.config.prompts for p in section.run.data_of(name).train]
+    if section.config.fresh:
+        found = _fresh(section, found)
     if section.config.rows and section.config.rows < len(found):
         pick = sorted(random.Random(section.seed).sample(range(len(found)), section.config.rows))
         found = [found[i] for i in pick]
     return found
+
+
+def _fresh(section: Section, found: list[Prompt]) -> list[Prompt]:
+    """The prompts that no earlier round has sampled: the same conversation to the letter, in any rejection section this one descends from."""
+    earlier = earlier_rounds(section)
+    used = {_asked(r) for parent in earlier for path in _chunks(parent) for r in _stored(parent, path)}
+    left = [p for p in found if content(p) not in used]
+    names = ", ".join(s.name for s in earlier) or "no earlier round"
+    if not left:
+        raise PosttrainError(f"{section.place}.fresh", f"all {len(found)} prompts were sampled by {names}", "prompts that no earlier round has sampled",
+                             "Add prompts, give the earlier sections fewer rows, or set fresh: false.")
+    section.log.say(f"{len(found) - len(left)} of {len(found)} prompts were sampled by {names} and are left out; {len(left)} are fresh")
+    return left
+
+
+def earlier_rounds(section: Section) -> list[Section]:
+    """The rejection sections that this one descends from, through any reference (policy, reward models, pool), by name."""
+    found, todo = {}, references(section.config.model_dump())
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found[name] = section.parent(name)
+            todo += references(found[name].config.model_dump())
+    return [found[name] for name in sorted(found) if found[name].kind == section.kind]
+
+
+def sweep_prompts(section: Section, encoded: list[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
+    """Some of the round's prompts by lot, on which temperatures are tried, and the others."""
+    some = random.Random(derive_seed(section.seed, section.name, "sweep")).sample(
+        range(len(encoded)), min(section.config.sweep_prompts, len(encoded)))
+    return [encoded[i] for i in sorted(some)], [e for i, e in enumerate(encoded) if i not in {*some}]
+
+
+# -- chunks ------------------------------------------------------------------------------------------------------------------------
+
+
+def sample_chunks(section: Section, roles: Roles, scorer: Scorer, prompts: list[Encoded], temperature: float, prefix: str = "") -> list[dict]:
+    """K rows a prompt, in the prompts' order, by way of chunks/PREFIXnnnnn.json. A sweep's temperatures share their random numbers, so
+    that they differ in temperature alone."""
+    config, chunks = section.config, [prompts[i:i + section.config.chunk] for i in range(0, len(prompts), section.config.chunk)]
+    sampling, purpose = Sampling(config.max_new_tokens, temperature), ["sweep"] if prefix else []
+
+    def make(i: int) -> list[dict]:
+        scored = sample_and_score(roles, "policy", scorer, chunks[i], config.samples_per_prompt, sampling,
+                                  derive_seed(section.seed, section.name, *purpose, i), rows_at_once(section, roles, prompts), config.standardize_rewards)
+        rows = scored.rows(roles.tokenizer)
+        for row, p in zip(rows, [p for p in chunks[i] for _ in range(config.samples_per_prompt)], strict=True):
+            row |= {"is_safety": p.prompt.safety, "spells": chat.spelled_token(roles.tokenizer, row["answer"])}
+        return rows
+
+    what = f"sampling at temperature {temperature:g}" if prefix else "sampling"
+    return through_chunks(section, [section.folder / "chunks" / f"{prefix}{i:05d}.json" for i in range(len(chunks))], make, what)
+
+
+def through_chunks(section: Section, paths: list[Path], make: Callable[[int], list[dict]], what: str) -> list[dict]:
+    """The rows of all chunks; make(i) makes those that are absent or damaged. A chunk depends on nothing outside it."""
+    have = [read_chunk(path) for path in paths]
+    for path in paths[:1]:
+        path.parent.mkdir(exist_ok=True)
+    with section.log.progress(len(paths), what, "chunk", sum(h is not None for h in have)) as ticker:
+        for i, path in enumerate(paths):
+            if have[i] is None:
+                have[i] = make(i)
+                write_chunk(path, have[i])
+                ticker.advance(1, note=f"{sum(len(r['ids']) for r in have[i])} tokens")
+    return [r for chunk in have for r in chunk]
 
 
 def write_chunk(path, rows: list[dict]) -> None:
@@ -79,6 +166,97 @@ def read_chunk(path) -> list[dict] | None:
         return value["rows"] if digest(value["rows"]) == value["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _chunks(section: Section) -> list[Path]:
+    """Everything a rejection section sampled, the sweep of its temperatures too."""
+    return sorted((section.folder / "chunks").glob("*.json"))
+
+
+def _stored(section: Section, path: Path) -> list[dict]:
+    """A finished section's chunk."""
+    rows = read_chunk(path)
+    if rows is None:
+        raise PosttrainError(str(path), "damaged", "the chunk its section wrote",
+                             f"Delete {section.folder / 'DONE'} and run again: this chunk alone is sampled again, to the same bytes.")
+    return rows
+
+
+# -- the pool ----------------------------------------------------------------------------------------------------------------------
+
+
+def _is_round(section: Section, name: str) -> bool:
+    return name.startswith("@") and section.parent(name).kind == section.kind
+
+
+def _demonstrations(section: Section, name: str) -> list[Demonstration]:
+    """A data set in the pool: the last turn of each demonstration is an answer like those of an earlier round."""
+    items = section.run.data_of(name).train
+    if any(not isinstance(i, Demonstration) for i in items):
+        raise PosttrainError(f"{section.place}.pool", f"'{name}' holds {type(items[0]).__name__.lower()}s", "a rejection section or demonstrations",
+                             'Name "@SECTION", or a data set of demonstrations.')
+    return items
+
+
+def pool(section: Section, roles: Roles, scorer: Scorer, name: str, demonstrations: list[Demonstration] | None) -> list[dict]:
+    """All usable answers of an earlier round, or demonstrations, with the scores of this section's reward models, by way of
+    pool/NAME-nnnnn.json: rows like those sampled, and `from`. Stored ids are used as they are: all sections of a recipe share its tokenizer."""
+    label = name.removeprefix("@")
+    if demonstrations is None:
+        parent = section.parent(name)
+        paths = _chunks(parent)
+        parts = [lambda path=path: _stored(parent, path) for path in paths]
+    else:
+        size = section.config.chunk * section.config.samples_per_prompt
+        parts = [lambda i=i: list(_as_rows(roles, demonstrations, range(i, min(i + size, len(demonstrations)))))
+                 for i in range(0, len(demonstrations), size)]
+    return through_chunks(section, [section.folder / "pool" / f"{label}-{i:05d}.json" for i in range(len(parts))],
+                          lambda i: rescore(section, roles, scorer, [r for r in parts[i]() if usable(r)], label), f"scoring the answers of {label}")
+
+
+def _as_rows(roles: Roles, items: list[Demonstration], which: range) -> Iterator[dict]:
+    for i in which:
+        prompt, answer = items[i].messages[:-1], items[i].messages[-1]["content"]
+        with naming(items, i):
+            ids = chat.encode_answer(roles.tokenizer, prompt, answer)
+        yield {"prompt": prompt, "answer": answer, "ids": ids, "finished": True, "is_safety": items[i].safety, "spells": None}
+
+
+def rescore(section: Section, roles: Roles, scorer: Scorer, rows: list[dict], label: str) -> list[dict]:
+    """The rows under this section's reward models, prompt by prompt."""
+    groups = list(_by_prompt(rows).values())
+    if not groups:
+        return []
+    raw = scorer([chat.encode_prompt(roles.tokenizer, g[0]["prompt"]) for g in groups], [[r["ids"] for r in g] for g in groups])
+    rows = [r for g in groups for r in g]
+    h, s = (torch.tensor([x for g in raw[name] for x in g]) for name in ("helpfulness", "safety"))
+    merged, _ = merge_scores(scorer, f"{section.place}.pool, {label}", h, s, torch.tensor([r["is_safety"] for r in rows]),
+                             section.config.standardize_rewards)
+    return [r | {"helpfulness": h[i].item(), "safety": s[i].item(), "merged": merged[i].item(), "from": label} for i, r in enumerate(rows)]
+
+
+def _asked(row: dict) -> tuple:
+    return content(Prompt(messages=row["prompt"]))
+
+
+def _by_prompt(rows: list[dict]) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for r in rows:
+        groups.setdefault(_asked(r), []).append(r)
+    return groups
+
+
+def join(bags: list[list[dict]], pooled: list[dict]) -> list[list[dict]]:
+    """A bag for each prompt with its own answers and the pooled ones; the prompts that only the pool has come last. Own answers stand
+    first: of equals they are kept."""
+    return list(_by_prompt([r for bag in bags for r in bag] + pooled).values()) if pooled else bags
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------------------
+
+
+def in_bags(rows: list[dict], k: int) -> list[list[dict]]:
+    return [rows[i:i + k] for i in range(0, len(rows), k)]
 
 
 def usable(row: dict) -> bool:
@@ -102,18 +280,26 @@ def select(bags: list[list[dict]]) -> dict[int, dict]:
     return out
 
 
-def write_outputs(section: Section, bags: list[list[dict]], kept: dict[int, dict]) -> None:
-    """data.jsonl: the kept answers as demonstrations (loss on the sampled reply alone). samples.jsonl: every sample."""
+def write_outputs(section: Section, bags: list[list[dict]], contest: list[list[dict]], kept: dict[int, dict]) -> None:
+    """data.jsonl: the kept answers as demonstrations (loss on the sampled reply alone). samples.jsonl: every sample of this round."""
     if not kept:
-        raise PosttrainError(section.place, f"no sample can be kept: {why_unusable([r for bag in bags for r in bag])}", "finished answers",
-                             "Raise max_new_tokens, or train the policy to end its answers.")
-    lines = [json.dumps({"messages": [*r["prompt"], {"role": "assistant", "content": r["answer"]}], "loss": "last", "source": section.name,
-                         "merged": r["merged"]}, ensure_ascii=False) for _, r in sorted(kept.items())]
+        raise _nothing(section, [r for bag in contest for r in bag])
+    lines = [json.dumps({"messages": [*r["prompt"], {"role": "assistant", "content": r["answer"]}], "loss": "last",
+                         "source": r.get("from", section.name), "merged": r["merged"]}, ensure_ascii=False) for _, r in sorted(kept.items())]
     write_atomic(section.folder / "data.jsonl", "\n".join(lines) + "\n")
     (section.folder / "samples.jsonl").unlink(missing_ok=True)
-    for i, bag in enumerate(bags):
+    chosen = {id(r) for r in kept.values()}
+    for bag in bags:
         for r in bag:
-            append_line(section.folder / "samples.jsonl", {"step": 0, "kept": kept.get(i) is r, **{k: v for k, v in r.items() if k != "ids"}})
+            append_line(section.folder / "samples.jsonl", {"step": 0, "kept": id(r) in chosen, **{k: v for k, v in r.items() if k != "ids"}})
+
+
+def _nothing(section: Section, rows: list[dict]) -> PosttrainError:
+    return PosttrainError(section.place, f"no sample can be kept: {why_unusable(rows)}", "finished answers",
+                          "Raise max_new_tokens, or train the policy to end its answers.")
+
+
+# -- what was measured -------------------------------------------------------------------------------------------------------------
 
 
 def expected_rank(values: list[float], n: int, rank: int) -> float:
@@ -122,12 +308,13 @@ def expected_rank(values: list[float], n: int, rank: int) -> float:
     return sum(math.comb(i, rank - 1) * math.comb(k - 1 - i, n - rank) / math.comb(k, n) * x for i, x in enumerate(values))
 
 
-def best_of_n(bags: list[list[dict]], sizes: list[int]) -> list[dict]:
+def best_of_n(bags: list[list[dict]], sizes: list[int], floors: list[float] | None = None) -> list[dict]:
     """Expected maximum and median of n of a prompt's K answers (paper Fig. 7), with the maximum's interval over prompts.
 
-    An unusable answer is never kept, so it counts as its prompt's lowest score."""
+    An unusable answer is never kept, so it counts as its prompt's floor, by default its prompt's lowest score."""
     groups = [prompt_key(Prompt(messages=b[0]["prompt"])) for b in bags]
-    values = [sorted(r["merged"] if usable(r) else min(x["merged"] for x in b) for r in b) for b in bags]
+    floors = floors or [min(r["merged"] for r in b) for b in bags]
+    values = [sorted(r["merged"] if usable(r) else floor for r in b) for b, floor in zip(bags, floors, strict=True)]
     out = []
     for n in sizes:
         ci = interval([expected_rank(v, n, n) for v in values], groups)
@@ -136,19 +323,46 @@ def best_of_n(bags: list[list[dict]], sizes: list[int]) -> list[dict]:
     return out
 
 
-def results(config, bags, kept, scorer) -> dict:
-    rows = [r for b in bags for r in b]
+def sizes_of(k: int) -> list[int]:
+    """1, 2, 4 ... up to K, and K."""
+    return sorted({1, k, *(2 ** i for i in range(1, 10) if 2 ** i < k)})
+
+
+def best_temperature(section: Section, bags: dict[float, list[list[dict]]]) -> tuple[float, list[dict]]:
+    """The temperature with the highest mean best of K (of equals the lowest), and best_of_n at each (paper Fig. 8). bags: temperature ->
+    the same prompts' bags. An unusable answer counts as the lowest score its prompt got at any temperature."""
+    every = [[r for b in bags.values() for r in b[i]] for i in range(len(next(iter(bags.values()))))]
+    if not any(usable(r) for rows in every for r in rows):
+        raise _nothing(section, [r for rows in every for r in rows])
+    floors = [min(r["merged"] for r in rows) for rows in every]
+    sizes = sizes_of(len(every[0]) // len(bags))
+    curves = [{"temperature": t, "usable": float(np.mean([usable(r) for bag in b for r in bag])), "best_of_n": best_of_n(b, sizes, floors)}
+              for t, b in bags.items()]
+    return max(curves, key=lambda c: c["best_of_n"][-1]["max"])["temperature"], curves
+
+
+def by_origin(section: Section, rows: list[dict], pooled: list[dict], kept: dict[int, dict]) -> dict[str, dict]:
+    """Of this round and of each pooled one: usable answers, their mean merged reward under this section's models, and how many are kept."""
+    out = {}
+    for name in [section.name, *(n.removeprefix("@") for n in section.config.pool)]:
+        answers = [r for r in (rows if name == section.name else pooled) if usable(r) and r.get("from", section.name) == name]
+        out[name] = {"answers": len(answers), "mean_reward": _mean(answers) if answers else None,
+                     "kept": sum(r.get("from", section.name) == name for r in kept.values())}
+    return out
+
+
+def results(section: Section, bags: list[list[dict]], contest: list[list[dict]], kept: dict[int, dict], scorer: Scorer, temperature: float) -> dict:
+    config, rows = section.config, [r for b in bags for r in b]
     k = config.samples_per_prompt
-    sizes = sorted({1, k, *(2 ** i for i in range(1, 10) if 2 ** i < k)})
     routed = [r["is_safety"] or r["safety"] < scorer.threshold for r in rows]
-    return {"prompts": len(bags), "samples_per_prompt": k, "temperature": config.temperature, "samples": len(rows), "kept": len(kept),
+    return {"prompts": len(bags), "samples_per_prompt": k, "temperature": temperature, "samples": len(rows), "kept": len(kept),
             "unfinished": sum(not r["finished"] for r in rows), "spelling_a_turn_token": sum(bool(r.get("spells")) for r in rows),
             "share_routed_safety": float(np.mean(routed)),
             "routed_by_tag": float(np.mean([r["is_safety"] for r in rows])),
             "routed_by_threshold": float(np.mean([not r["is_safety"] and r["safety"] < scorer.threshold for r in rows])),
             "safety_threshold": scorer.threshold_note, "standardize_rewards": config.standardize_rewards,
-            "best_of_n": best_of_n(bags, sizes), "mean_reward_all": _mean(rows),
-            "mean_reward_of_kept_prompts": _mean([r for i in kept for r in bags[i]]), "mean_reward_kept": _mean(kept.values()),
+            "best_of_n": best_of_n(bags, sizes_of(k)), "mean_reward_all": _mean(rows),
+            "mean_reward_of_kept_prompts": _mean([r for i in kept for r in contest[i]]), "mean_reward_kept": _mean(kept.values()),
             "answer_tokens": float(np.mean([len(r["ids"]) for r in rows]))}
 
 

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain import chat
+from posttrain import chat, distributed
 from posttrain.data import naming
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
-from posttrain.generate import Completion, Sampling, sample
+from posttrain.generate import Completion, Sampling, free_memory, row_bytes, sample
 from posttrain.models import Roles
 from posttrain.packing import MicroBatch, Tree, collate, token_budget, tree
 from posttrain.runs import Section
 from posttrain.tensors import unflatten
 from reward.score import Scorer
 from rlhf import gate
+
+KV_SHARE = 0.5  # of free memory for keys and values; the rest is for activations, logits and a merged copy of the policy
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,24 @@ def encode_prompts(section: Section, prompts: list[Prompt], roles: Roles, max_to
     return out
 
 
+def rows_at_once(section: Section, roles: Roles, prompts: list[Encoded]) -> int:
+    """Samples decoded side by side: the recipe's `batch`, or as many as keep their keys and values in half of the free memory. Decided at the
+    section's first sampling and kept in its manifest: the batch schedule of a chunk is the same after a resume, whatever is free then."""
+    def choose() -> int:
+        wanted, width = section.config.batch, max(len(p.ids) for p in prompts) + section.config.max_new_tokens
+        each, free = row_bytes(roles, width), free_memory(roles)
+        fit = int(free * KV_SHARE / each)
+        if fit < 1:
+            raise PosttrainError(f"{section.place}.max_new_tokens", f"the keys and values of one sample of {width} tokens take {each / 1e9:.1f} GB, and "
+                                 f"{free / 1e9:.1f} GB are free", "half of the free memory to hold one", "Lower max_new_tokens or max_prompt_tokens.")
+        if fit < wanted:
+            section.log.say(f"note: {fit} samples side by side instead of batch {wanted}: keys and values take {each / 1e6:.1f} MB a sample of up to "
+                            f"{width} tokens, and {free / 1e9:.1f} GB are free")
+        return min(wanted, fit)
+
+    return section.decide("rows_at_once", choose)
+
+
 @dataclass(frozen=True)
 class Scored:
     """Answers of some prompts with their raw scores. All lists are (prompts, K)."""
@@ -75,26 +95,44 @@ class Scored:
         return out
 
 
+def _finite(place: str, name: str, x: Tensor) -> None:
+    if not torch.isfinite(x).all():
+        raise PosttrainError(place, f"{name} not finite", "numbers", "Check the models this stage loads; model.dtype: float32 may help.")
+
+
+def merge_scores(scorer: Scorer, place: str, helpfulness: Tensor, safety: Tensor, tagged: Tensor, standardize: bool) -> tuple[Tensor, Tensor]:
+    """Raw scores of one shape and which prompts are tagged -> R_c and where the threshold alone chose the safety score (gate.merge).
+
+    standardize: each model's score on its own held-out mean and deviation; the gate's test stays on raw R_s. Raises on a score that is
+    not finite: a NaN is not below the threshold, it would pass the gate unseen.
+    """
+    _finite(place, "the helpfulness scores are", helpfulness)
+    _finite(place, "the safety scores are", safety)
+    merged, by_threshold = gate.merge(safety, helpfulness, tagged, scorer.threshold)
+    if standardize:
+        (hm, hs), (sm, ss) = (scorer.statistics[n] for n in ("helpfulness", "safety"))
+        merged = torch.where(tagged | by_threshold, (safety - sm) / ss, (helpfulness - hm) / hs)
+    return merged, by_threshold
+
+
 def sample_and_score(roles: Roles, role: str, scorer: Scorer, prompts: list[Encoded], samples: int, sampling: Sampling, seed: int,
                      batch: int, standardize: bool = False, tick=None) -> Scored:
     """K answers per prompt under a role, with both reward models' scores and the gate's choice.
 
-    standardize: put each model's score on its own held-out mean and deviation before the merge (the gate's test stays on raw R_s).
+    standardize: see merge_scores. Several processes share the prompts, and each returns all answers; what a prompt draws does not depend on
+    their number.
     """
-    began = time.perf_counter()
-    answers = sample(roles, role, [p.ids for p in prompts], samples, sampling, seed, stop=chat.end_of_turn(roles.tokenizer), batch=batch, tick=tick)
-    seconds = time.perf_counter() - began
-    raw = scorer([p.ids for p in prompts], [[a.ids for a in group] for group in answers])
-    h, s = torch.tensor(raw["helpfulness"]), torch.tensor(raw["safety"])
+    began, mine = time.perf_counter(), distributed.share(len(prompts))
+    answers = sample(roles, role, [p.ids for p in prompts], samples, sampling, seed, stop=chat.end_of_turn(roles.tokenizer), batch=batch, tick=tick,
+                     only=mine)
+    seconds = max(distributed.gather(time.perf_counter() - began))
     told = torch.tensor([lp for group in answers for a in group for lp in a.logprobs])
-    for name, x in (("the policy's log-probabilities are", told), ("the helpfulness scores are", h), ("the safety scores are", s)):
-        if not torch.isfinite(x).all():  # a NaN is not below the threshold: it would pass the gate unseen
-            raise PosttrainError(role, f"{name} not finite", "numbers", "Check the models this stage loads; model.dtype: float32 may help.")
+    _finite(role, "the policy's log-probabilities are", told)
+    raw = scorer([prompts[i].ids for i in mine], [[a.ids for a in group] for group in answers])
+    answers = distributed.assemble(answers)
+    h, s = (torch.tensor(distributed.assemble(raw[name])) for name in ("helpfulness", "safety"))
     tagged = torch.tensor([[p.prompt.safety] * samples for p in prompts])
-    merged, by_threshold = gate.merge(s, h, tagged, scorer.threshold)
-    if standardize:
-        (hm, hs), (sm, ss) = (scorer.statistics[n] for n in ("helpfulness", "safety"))
-        merged = torch.where(tagged | by_threshold, (s - sm) / ss, (h - hm) / hs)
+    merged, by_threshold = merge_scores(scorer, role, h, s, tagged, standardize)
     return Scored(prompts, answers, h, s, merged, tagged, by_threshold, torch.tensor([[a.finished for a in group] for group in answers]),
                   seconds)
 
@@ -102,11 +140,14 @@ def sample_and_score(roles: Roles, role: str, scorer: Scorer, prompts: list[Enco
 @dataclass(frozen=True)
 class Batches:
     """An iteration's answers cut into mini-batches of micro-batches, made once: every pass reads the same tensors, so that the
-    trainer's first ratio is exactly 1. where[m][j] (S,) is the answer number of each answer of a micro-batch."""
+    trainer's first ratio is exactly 1. where[m][j] (S,) is the answer number of each answer of a micro-batch.
+
+    Of several processes each has its share of every mini-batch; answer numbers, response_mask and counts are of the whole."""
 
     mini: list[list[MicroBatch]]
     where: list[list[Tensor]]
     response_mask: Tensor  # (B, R)
+    counts: list[int]  # tokens of each mini-batch, over all processes
 
     def flat(self):
         for batches, wheres in zip(self.mini, self.where, strict=True):
@@ -120,6 +161,14 @@ class Batches:
         """(B, R) -> this micro-batch's (N,)."""
         return full[where[batch.owner], batch.slot]
 
+    def table(self, per_token, device) -> Tensor:
+        """(B, R) of what per_token(micro-batch) (N,) gives, over all processes."""
+        full = torch.zeros(self.response_mask.shape, device=device)
+        for batch, where in self.flat():
+            full += self.spread(batch, where, per_token(batch).detach())
+        distributed.add(full)
+        return full
+
 
 def make_batches(trees: list[Tree], mini_batch: int, budget: int, roles: Roles, order: list[int]) -> Batches:
     """Trees of K answers each, in mini-batches of about `mini_batch` answers (whole prompts), in the given order of trees."""
@@ -130,9 +179,10 @@ def make_batches(trees: list[Tree], mini_batch: int, budget: int, roles: Roles, 
     for i, t in enumerate(trees):
         for j, (a, b) in enumerate(t.spans):
             mask[i * k + j, :b - a] = True
-    mini, where = [], []
+    mini, where, counts = [], [], []
     for start in range(0, len(order), per):
-        chosen = order[start:start + per]
+        counts.append(sum(len(c) for i in order[start:start + per] for c in trees[i].counted))
+        chosen = _share_by_length(order[start:start + per], trees)
         some = [trees[i] for i in chosen]
         batches, wheres = [], []
         for group in token_budget(some, budget, roles.layout):
@@ -140,7 +190,20 @@ def make_batches(trees: list[Tree], mini_batch: int, budget: int, roles: Roles, 
             wheres.append(torch.tensor([chosen[i] * k + j for i in group for j in range(k)], device=roles.device))
         mini.append(batches)
         where.append(wheres)
-    return Batches(mini, where, mask.to(roles.device))
+    return Batches(mini, where, mask.to(roles.device), counts)
+
+
+def _share_by_length(chosen: list[int], trees: list[Tree]) -> list[int]:
+    """This process's trees of a mini-batch, all processes' about equally many tokens: longest first, each to the one with the fewest so far."""
+    shares: list[list[int]] = [[] for _ in range(distributed.world())]
+    if len(shares) == 1:
+        return chosen
+    load = [0] * len(shares)
+    for i in sorted(chosen, key=lambda i: (-len(trees[i]), i)):
+        least = load.index(min(load))
+        shares[least].append(i)
+        load[least] += len(trees[i])
+    return shares[distributed.rank()]
 
 
 @dataclass(frozen=True)
@@ -152,6 +215,7 @@ class Rollout:
     ref_logprobs: Tensor
     values: Tensor
     scores: Tensor  # (B,) whitened and capped
+    entropy: float | None = None  # of the policy's distribution, mean over response tokens, in nats; where it was asked for
 
     def check(self) -> "Rollout":
         """Shapes agree, every number is finite, every answer has a token, nothing stands outside the mask."""
@@ -177,9 +241,8 @@ def sequence_kl(roles: Roles, role: str, reference: str, scored: Scored, budget:
     where the answers were drawn from `role` at that temperature with top-p 1 (elsewhere it is a distance, not a KL)."""
     trees = answer_trees(scored)
     batches = make_batches(trees, len(trees) * len(trees[0].ends), budget, roles, list(range(len(trees))))
-    gap = torch.zeros(batches.response_mask.shape, device=roles.device)
-    if role != reference:
-        with torch.inference_mode():
-            for batch, where in batches.flat():
-                gap += batches.spread(batch, where, roles.logprobs(role, batch, temperature) - roles.logprobs(reference, batch, temperature))
+    if role == reference:
+        return [0.0] * len(batches.response_mask)
+    with torch.inference_mode():
+        gap = batches.table(lambda batch: roles.logprobs(role, batch, temperature) - roles.logprobs(reference, batch, temperature), roles.device)
     return gap.sum(1).tolist()

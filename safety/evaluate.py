@@ -17,7 +17,7 @@ from posttrain.runs import Section, digest, write_atomic
 from posttrain.statistics import interval, standard_error
 from posttrain.training import choose_budget
 from reward.score import Scorer, load_scorer
-from rlhf.rollout import Encoded, derive_seed, encode_prompts, sample_and_score, sequence_kl
+from rlhf.rollout import Encoded, derive_seed, encode_prompts, rows_at_once, sample_and_score, sequence_kl
 
 
 def run(section: Section) -> None:
@@ -80,7 +80,7 @@ def _answers(section: Section, roles: Roles, scorer: Scorer, encoded: list[Encod
     except (OSError, ValueError, KeyError, TypeError):
         pass
     scored = sample_and_score(roles, role_of(c, name), scorer, encoded, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature, c.top_p),
-                              derive_seed(section.seed, section.name), c.batch, c.standardize_rewards)
+                              derive_seed(section.seed, section.name), rows_at_once(section, roles, encoded), c.standardize_rewards)
 
     def distance(reference):
         return sequence_kl(roles, role_of(c, name), reference, scored, budget, c.temperature or 1.0)

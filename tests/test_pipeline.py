@@ -2,15 +2,15 @@
 
 import json
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from bench.soak import soak
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "recipes" / "tiny.yaml"
@@ -93,31 +93,12 @@ def test_the_exported_folder_answers(straight):
     assert out.shape[1] > ids["input_ids"].shape[1]
 
 
-def run_with_kills(home: Path, delays: list[float]) -> int:
-    """Start the run, kill it after each delay, then let it end. Returns how many kills hit a running process."""
-    hits = 0
-    for delay in delays:
-        process = subprocess.Popen([sys.executable, "-m", "posttrain", "run", str(TINY), f"run.dir={home}"], cwd=ROOT,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(delay)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            hits += 1
-    out = posttrain("run", TINY, f"run.dir={home}")
-    assert out.returncode == 0, out.stdout + out.stderr
-    return hits
-
-
-def test_five_kills_change_nothing(straight, tmp_path):
-    folder, _, seconds = straight
-    rng = random.Random(20261124)
-    delays = [rng.uniform(0.3, 0.5) * seconds for _ in range(5)]
-    assert run_with_kills(tmp_path, delays) >= 3
-    assert weights(tmp_path / "tiny") == weights(folder)
-    mine, theirs = (json.loads((f / "ppo" / "results.json").read_text()) for f in (tmp_path / "tiny", folder))
-    assert mine["watched"] == theirs["watched"]
+@pytest.mark.timeout(900)
+def test_five_kills_of_sampling_and_ppo_change_nothing(straight, tmp_path):
+    told = soak(straight[0], tmp_path, kills=5, seed=20261124)
+    assert told["hits"] >= 5 and {"v1_samples", "ppo"} <= {k["section"] for k in told["kills"]}
+    assert {f.partition("/")[0] for f in told["sha256"]} == {"sft", "reward_helpfulness", "reward_safety", "v1_samples", "v1", "ppo", "chat"}
+    assert told["runs"] and not any(run["different"] for run in told["runs"])
 
 
 def test_a_stage_alone_asks_for_its_parents(tmp_path):

@@ -505,6 +505,53 @@ def test_how_scores_are_whitened(engine, kind, batch_size, used):
     assert state.moments == ((2, 5.0, 8.0) if used == "batch" else pytest.approx((5, mean, 5 * deviation ** 2)))
 
 
+# -- options -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, paid", [("k1", [0.3, -0.2]), ("abs", [0.3, 0.2]), ("k2", [0.045, 0.02]),
+                                        ("k3", [math.exp(-0.3) - 1 + 0.3, math.exp(0.2) - 1 - 0.2])])
+def test_what_a_tokens_kl_costs(kind, paid):
+    """log-ratios 0.3 and -0.2, a third token that does not count; beta 0.1, score 2 on the last. What is told stays the plain sum."""
+    old, ref, mask = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.3, -1.8, 0.0]]), torch.tensor([[True, True, False]])
+    rewards, kl = ppo.credit.token_rewards(torch.tensor([2.0]), old, ref, mask, 0.1, kind)
+    assert rewards[0].tolist() == pytest.approx([-0.1 * paid[0], 2 - 0.1 * paid[1], 0.0], abs=1e-6) and kl.tolist() == pytest.approx([0.1])
+
+
+def test_values_need_not_be_clipped():
+    values, old, returns = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]), torch.tensor([3.0, 1.0])
+    loss, clipped = ppo.losses.value(values, old, returns, None)
+    assert loss.tolist() == [2.0, 0.5] and not clipped.any()
+    assert ppo.losses.value(values, old, returns, 0.2)[1].tolist() == [True, False]
+
+
+def test_scores_may_be_clipped(engine):
+    config = engine.section.config.model_copy(update={"whiten": "none", "score_clip": 5.0, "unfinished_score": None})
+    got = ppo.final_scores(SimpleNamespace(config=config), scored_as([-7.0, 3.0, 8.0], [True, True, False]), ppo.State())
+    assert got.tolist() == [-5.0, 3.0, 5.0]
+
+
+def test_several_passes_over_an_iteration(engine):
+    once, twice = one_update(engine), one_update(engine, passes=2)
+    assert [len(x.used["policy"]) for x in (once, twice)] == [2, 4]
+    for a, b in zip(once.used["policy"], twice.used["policy"], strict=False):
+        assert all(map(torch.equal, a, b))
+    assert twice.stats["ratio_deviation"] > once.stats["ratio_deviation"] > 0  # means over all steps
+
+
+def test_the_entropy_is_that_of_the_policys_distribution(engine):
+    got = one_update(engine, entropy=True)
+    for n, p in engine.roles.base.named_parameters():
+        p.data.copy_(engine.start[n])
+    engine.roles.use("policy")
+    found = []
+    with torch.no_grad():
+        for ids, answer in sequences(engine):
+            logits = engine.roles.base(input_ids=torch.tensor([ids + answer]), use_cache=False).logits[0, len(ids) - 1:-1]
+            found += torch.distributions.Categorical(logits=logits.double() / 0.5).entropy().tolist()
+    assert got.rollout.entropy == pytest.approx(statistics.fmean(found), abs=1e-4)
+    assert one_update(engine).rollout.entropy is None
+
+
 # -- it learns -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -593,15 +640,15 @@ def renaming(name):
 
 KILLS = {
     "in the warm-up": lambda m: die(m, ppo, "critic_pass", 2),
-    "before the warm-up's checkpoint is sealed": lambda m: die(m, ppo, "seal", 1),
+    "before the warm-up's checkpoint is sealed": lambda m: die(m, ppo.checkpoint, "seal", 1),
     "between seal and rename of the warm-up's checkpoint": lambda m: die(m, Path, "rename", 1, renaming("checkpoint.tmp")),
     "before the first best is in place": lambda m: die(m, Path, "rename", 1, renaming("best.tmp")),
     "while iteration 1 samples": lambda m: die(m, ppo, "collect", 1, lambda *args: args[-1] == 1),
     "in the middle of iteration 2's update": lambda m: die(m, ppo.losses, "value", 1, deep(ppo.losses, 7)),
     "when iteration 2 is told, after its best is kept": lambda m: die(m, Log, "metrics", 1, lambda self, step, row: step == 2),
-    "before iteration 2's checkpoint is sealed": lambda m: die(m, ppo, "seal", 2),
+    "before iteration 2's checkpoint is sealed": lambda m: die(m, ppo.checkpoint, "seal", 2),
     "between seal and rename of iteration 2's checkpoint": lambda m: die(m, Path, "rename", 2, renaming("checkpoint.tmp")),
-    "before old checkpoints are dropped": lambda m: die(m, ppo, "read_json", 2),
+    "before old checkpoints are dropped": lambda m: die(m, ppo.checkpoint, "read_json", 2),
     "when iteration 3 is told": lambda m: die(m, Log, "metrics", 1, lambda self, step, row: step == 3),
     "before the model is in place": lambda m: die(m, Path, "rename", 1, renaming("model.tmp")),
     "before DONE": lambda m: die(m, Section, "finish", 1),
@@ -657,6 +704,13 @@ def test_killed_three_times_with_a_damaged_checkpoint_it_ends_in_the_same_bytes(
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     assert outcome(again(section)) == outcome(watched[0])
+
+
+def test_going_on_with_another_number_of_processes_is_told(engine, monkeypatch, tmp_path):
+    said = []
+    section = SimpleNamespace(decide=lambda key, choose: 2, inexact=said.append, folder=tmp_path, log=SimpleNamespace(say=None, rewind=lambda n: None))
+    ppo.checkpoint.resume(section, None, None, None)
+    assert said == ["begun with 2 process(es), it goes on with 1"]
 
 
 def test_full_fine_tuning_keeps_five_models_apart_and_survives_a_kill(tmp_path_factory):

@@ -1,0 +1,131 @@
+"""Kills at random moments of sampling and PPO, each followed by the same command: the run must end in the bytes of a run that nobody killed.
+
+python -m bench.soak             20 kills of recipes/tiny.yaml; some minutes
+python -m bench.soak --kills 5   fewer
+
+The seed draws which section is hit and after what share of its time; the machine, and what else runs on it, decide which instruction that is.
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.harness import ROOT, markdown, processor
+from posttrain.errors import PosttrainError
+from posttrain.log import read_lines, say
+from posttrain.runs import file_digest, provenance, read_json, write_json
+
+TINY = ROOT / "recipes" / "tiny.yaml"
+EARLIER = ("sft", "reward_helpfulness", "reward_safety")  # not what is killed here: taken from the straight run
+HIT = ("v1_samples", "ppo")
+OUTPUTS = ("*/model/*.safetensors", "v1_samples/*.jsonl", "v1_samples/results.json", "ppo/samples.jsonl", "ppo/results.json")
+
+
+def command(home: Path) -> list[str]:
+    return [sys.executable, "-m", "posttrain", "run", str(TINY), f"run.dir={home}"]
+
+
+def to_the_end(home: Path) -> Path:
+    """The run's folder, finished."""
+    done = subprocess.run(command(home), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise PosttrainError("bench: soak", f"the run in {home} fails: {(done.stdout + done.stderr)[-1500:]}", "a run that ends", "See the lines above.")
+    return home / "tiny"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of everything a run leaves that must not depend on kills: weights, samples, what was measured."""
+    return {str(p.relative_to(folder)): file_digest(p) for pattern in OUTPUTS for p in sorted(folder.glob(pattern))}
+
+
+def at_work(folder: Path) -> str | None:
+    """The section that is begun and not done."""
+    return next((p.parent.name for p in folder.glob("*/manifest.json") if not (p.parent / "DONE").exists()), None)
+
+
+def reached(folder: Path, section: str) -> str:
+    """How far a section has come by its files."""
+    if section == "v1_samples":
+        return f"{len(list((folder / section / 'chunks').glob('*.json')))} chunks on disk"
+    steps = [r["step"] for r in read_lines(folder / section / "metrics.jsonl")]
+    return f"{max(steps)} iterations told" if steps else "critic's warm-up"
+
+
+def kill(home: Path, target: str, seconds: float) -> dict | None:
+    """Give the command and kill it that long after `target` begins. What was hit, or None where the run had ended before."""
+    folder, log = home / "tiny", home / "log.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen(command(home), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        while process.poll() is None and not any(f"] {target} (" in line and "skipped" not in line for line in log.read_text().splitlines()):
+            time.sleep(0.01)
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+    if process.wait() == 0:
+        return None
+    if process.returncode != -signal.SIGKILL:
+        raise PosttrainError("bench: soak", f"the run stopped by itself: {log.read_text()[-1500:]}", "a run that ends or is killed", "See the lines above.")
+    section = at_work(folder)
+    return {"section": section or "between sections", "reached": reached(folder, section) if section in HIT else "", "seconds": round(seconds, 2)}
+
+
+def soak(straight: Path, work: Path, kills: int, seed: int) -> dict:
+    """Kill runs in `work` until sampling and PPO were hit `kills` times in all, at least once each, a new run when one has ended; compare each
+    with the finished run `straight`. Kills that miss, in the sections between, are told and not counted."""
+    rng, expected, told, ends = random.Random(seed), digests(straight), [], []
+    spans = {name: read_json(straight / name / "manifest.json")["seconds"] for name in HIT}
+
+    def wanting() -> bool:
+        hits = [k["section"] for k in told if k["section"] in HIT]
+        return len(hits) < kills or set(hits) != {*HIT}
+
+    while wanting():
+        home = work / f"run-{len(ends) + 1}"
+        for name in EARLIER:
+            shutil.copytree(straight / name, home / "tiny" / name)
+        while wanting() and (left := [name for name in HIT if not (home / "tiny" / name / "DONE").exists()]):
+            target = rng.choice(left)
+            hit = kill(home, target, rng.uniform(0, spans[target]))
+            if not hit or hit["section"] != target:  # too late: the machine is quicker now, or less was left
+                spans[target] /= 2
+            elif told and told[-1].items() >= {"run": len(ends) + 1, "section": target, "reached": hit["reached"]}.items():  # no way forward: slower
+                spans[target] *= 2
+            if hit:
+                told.append({"run": len(ends) + 1, **hit})
+                say(f"  run {len(ends) + 1}: killed in {hit['section']}, {hit['reached'] or 'not counted'}")
+        got = digests(to_the_end(home))
+        ends.append({"run": len(ends) + 1, "kills": sum(k["run"] == len(ends) + 1 for k in told),
+                     "different": sorted(f for f in {*got, *expected} if got.get(f) != expected.get(f))})
+    return {"seed": seed, "hits": sum(k["section"] in HIT for k in told), "kills": told, "runs": ends, "sha256": expected,
+            "identical": not any(e["different"] for e in ends)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="that hit sampling or PPO")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        say("a run without kills ...")
+        told = soak(to_the_end(work / "straight"), work, args.kills, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "soak.json", {"benchmark": "soak", **provenance(), "processor": processor(), "recipe": TINY.name, **told})
+    rows = [[str(k["run"]), k["section"], k["reached"], f"{k['seconds']:.2f}"] for k in told["kills"]]
+    print(markdown(["run", "killed in", "which had reached", "seconds into the target"], rows))
+    different = [f"run {e['run']}: {', '.join(e['different'])}" for e in told["runs"] if e["different"]]
+    print(f"\n{told['hits']} kills of sampling and PPO in {len(told['runs'])} runs; " + ("every run ended in the same "
+          f"{len(told['sha256'])} files as the run without kills" if told["identical"] else f"DIFFERENT: {'; '.join(different)}"))
+    return 0 if told["identical"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Several processes in step, of which one process is the special case: who I am, and the few exchanges the rest needs.
+
+`accelerate launch` and `torchrun` set RANK, WORLD_SIZE and LOCAL_RANK; accelerate's PartialState joins the processes (NCCL on GPUs,
+gloo on CPUs). Models stay unwrapped, without DistributedDataParallel: losses are divided by counts over all processes, so the
+gradient of a step is the plain sum of the processes' gradients, which `add_gradients` takes in flat buffers just before the clip. Every process then
+makes the same step from the same numbers, and `agree` checks it. All processes read one run folder; the main one alone writes.
+Light: imports torch and accelerate only where there is more than one process.
+"""
+
+import os
+from datetime import timedelta
+
+from posttrain.errors import PosttrainError
+
+FLAT = 1 << 26  # numbers in a buffer of gradients
+PATIENCE = timedelta(hours=2)  # what one process waits for another
+
+
+def _from_launcher(key: str, default: int) -> int:
+    return int(os.environ.get(key, default)) if "LOCAL_RANK" in os.environ else default
+
+
+def rank() -> int:
+    return _from_launcher("RANK", 0)
+
+
+def world() -> int:
+    """The number of processes."""
+    return _from_launcher("WORLD_SIZE", 1)
+
+
+def on_this_machine() -> int:
+    return _from_launcher("LOCAL_WORLD_SIZE", world())
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def join() -> None:
+    """Meet the other processes; each takes its own GPU. Nothing in one process."""
+    if world() > 1:
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def wait() -> None:
+    if world() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def from_main(make):
+    """What make() gives on the main process, on all; the others don't call it. Whatever it wrote is there when this returns."""
+    if world() == 1:
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([make() if is_main() else None])[0]
+
+
+def gather(value) -> list:
+    """Every process's value, in the order of ranks, on all. Any picklable value, of a different length on each if need be."""
+    if world() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+def share(n: int) -> list[int]:
+    """Which of n pieces of work are this process's."""
+    return list(range(rank(), n, world()))
+
+
+def assemble(mine: list) -> list:
+    """The results of everyone's `share`, in the order of the whole, on all."""
+    parts = gather(mine)
+    out = [None] * sum(map(len, parts))
+    for r, part in enumerate(parts):
+        out[r::len(parts)] = part
+    return out
+
+
+def add_numbers(numbers: dict[str, float]) -> dict[str, float]:
+    """Sums over all processes, key by key; the same keys everywhere."""
+    parts = gather(numbers)
+    return {key: sum(part[key] for part in parts) for key in numbers}
+
+
+def add(*tensors) -> None:
+    """Each tensor becomes its sum over all processes, in place."""
+    if world() > 1:
+        import torch
+
+        for x in tensors:
+            torch.distributed.all_reduce(x)
+
+
+def add_gradients(parameters: list) -> None:
+    """Each parameter's gradient becomes the sum over all processes; one that has none anywhere keeps none."""
+    if world() == 1:
+        return
+    import torch
+
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    torch.distributed.all_reduce(used, torch.distributed.ReduceOp.MAX)
+    group, size = [], 0
+    for p in [p for p, on in zip(parameters, used.tolist(), strict=True) if on] + [None]:
+        if group and (p is None or size + p.numel() > FLAT):
+            flat = torch.cat([(torch.zeros_like(q) if q.grad is None else q.grad).flatten() for q in group])
+            torch.distributed.all_reduce(flat)
+            for q, g in zip(group, flat.split([q.numel() for q in group]), strict=True):
+                q.grad = g.view_as(q).to(q.dtype)
+            group, size = [], 0
+        if p is not None:
+            group.append(p)
+            size += p.numel()
+
+
+def agree(parameters: list, place: str) -> None:
+    """Every process holds the same bits; where they drifted apart, PPO would go on with several policies at once."""
+    if world() == 1:
+        return
+    import hashlib
+
+    import torch
+
+    mine = hashlib.sha256()
+    for p in parameters:
+        mine.update(p.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    if len(set(gather(mine.hexdigest()))) > 1:
+        raise PosttrainError(place, "the processes hold different weights", "the same bits in all of them",
+                             "Run the same command again: it goes on from the last checkpoint. If it comes back, use one process and report it.")

@@ -1,0 +1,163 @@
+"""PPO in two processes (gloo, CPU) against one: the same answers, metrics and weights, also after a kill; and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rlhf_support import REWARDS, make_run, started
+from safetensors.torch import load_file
+
+from posttrain import distributed
+from posttrain.log import read_lines
+from rlhf import ppo
+from rlhf.rollout import _share_by_length
+
+pytestmark = pytest.mark.timeout(900)  # every launch imports everything twice
+ROOT = Path(__file__).parent.parent
+STAGE = {"stage": "ppo", "prompts": "prompts", "policy": "@sft", **REWARDS, "iterations": 2, "batch_size": 14, "mini_batch_size": 6,
+         "samples_per_prompt": 2, "max_new_tokens": 8, "learning_rate": 3e-3, "critic_learning_rate": 3e-3, "eval_every": 1, "eval_prompts": 5,
+         "save_steps": 1, "critic_warmup": 1, "micro_batch_tokens": 256, "temperature": 0.5, "safety_threshold": 0.4, "sample_every": 1,
+         "kl_coef": 0.05, "entropy": True}
+CLOCK = ("time", "ppo/seconds_generate", "ppo/seconds_score", "ppo/seconds_update", "ppo/tokens_per_second", "ppo/peak_memory_gb")
+
+
+def launch(recipe: str, *words: str, code: str | None = None) -> subprocess.CompletedProcess:
+    """`python -m rlhf RECIPE ...` in two processes; code: run this instead."""
+    what = ["--no-python", sys.executable, "-c", code] if code else ["-m", "rlhf"]
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *what, recipe, *words],
+                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+
+
+def metrics(section) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_lines(section.folder / "metrics.jsonl")]
+
+
+def same(one, two) -> None:
+    """Two finished PPO sections: every number within 1e-5 (the order of additions differs), everything else equal."""
+    rows, others = metrics(one), metrics(two)
+    assert [r.keys() for r in rows] == [r.keys() for r in others] and len(rows) == 3
+    for a, b in zip(rows, others, strict=True):
+        assert b == pytest.approx(a, abs=2e-5, rel=1e-4)
+    assert (two.folder / "samples.jsonl").read_text().count("\n") == 8
+    told = [[(r["step"], r["prompt"], r["answer"]) for r in read_lines(s.folder / "samples.jsonl")] for s in (one, two)]
+    assert told[0] == told[1]
+    weights = [load_file(s.folder / "model" / "adapter_model.safetensors") for s in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    for key, value in weights[0].items():
+        assert (value - weights[1][key]).abs().max() < 1e-5, key
+    assert sorted(p.name for p in one.folder.iterdir()) == sorted(p.name for p in two.folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    section = started(make_run(tmp_path_factory, tmp_path_factory.mktemp("alone"), {"ppo": STAGE}), "ppo")
+    ppo.run(section)
+    assert section.results()["best_iteration"] > 0  # else the output were the policy it started from
+    return section
+
+
+KILL = """
+import sys
+from posttrain import distributed
+from rlhf import checkpoint
+real = checkpoint.save
+def save(section, roles, *rest):
+    real(section, roles, *rest)
+    if rest[-1].iteration == 1 and distributed.rank() == 1:
+        raise SystemExit(3)
+checkpoint.save = save
+sys.argv[0] = "rlhf"
+import rlhf.__main__
+"""
+
+
+def test_two_processes_do_what_one_does_and_go_on_after_a_kill(alone, tmp_path_factory):
+    run = make_run(tmp_path_factory, tmp_path_factory.mktemp("two"), {"ppo": STAGE})
+    section = run.section("ppo")
+    cut = launch(run.recipe.path, "ppo", code=KILL)
+    assert cut.returncode and section.state() == "started", cut.stderr[-2000:]
+    assert (section.folder / "checkpoint-1").exists() and not (section.folder / "checkpoint-2").exists(), cut.stdout + cut.stderr[-3000:]
+    done = launch(run.recipe.path, "ppo")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("going on after iteration 1 of 2") == 1 and "2 processes" in done.stdout  # one of them speaks
+    assert section.state() == "done"
+    same(alone, section)
+
+
+def test_a_section_that_needs_one_process_says_so(tmp_path_factory):
+    stage = {"stage": "evaluate", "models": {"sft": "@sft"}, "prompts": "prompts", **REWARDS, "samples_per_prompt": 2}
+    run = make_run(tmp_path_factory, tmp_path_factory.mktemp("refused"), {"eval": stage})
+    done = launch(run.recipe.path, code="import sys; sys.argv[0] = 'safety'; import safety.__main__")
+    assert done.returncode and not (run.folder / "eval").exists()
+    told = done.stdout + done.stderr
+    assert "2 processes for a section of kind evaluate" in told and f"python -m safety {run.recipe.path} eval" in told
+
+
+EXCHANGES = """
+import json, sys, torch
+from posttrain import distributed as d
+from posttrain.errors import PosttrainError
+d.join()
+r = d.rank()
+out = {"from_main": d.from_main(lambda: ["only", r]), "gather": d.gather("ab"[r] * (r + 1)), "share": d.share(5),
+       "assemble": d.assemble([i * 10 for i in d.share(5)]), "few": d.assemble([i for i in d.share(1)]), "numbers": d.add_numbers({"x": 1.5 + r})}
+x = torch.full((2,), 1.0 + r)
+d.add(x)
+p = [torch.nn.Parameter(torch.zeros(s)) for s in ((2, 3), (4,), (1,))]
+p[0].grad = torch.full((2, 3), 1.0 + r)
+if r:
+    p[1].grad = torch.ones(4)
+d.FLAT = 7
+d.add_gradients(p)
+out |= {"add": x.tolist(), "grads": [None if q.grad is None else q.grad.flatten().tolist() for q in p]}
+d.agree([torch.zeros(3)], "here")
+try:
+    d.agree([torch.tensor([float(r)])], "here")
+except PosttrainError as e:
+    out["drift"] = str(e)
+open(f"{sys.argv[1]}/{r}.json", "w").write(json.dumps(out))
+"""
+
+
+def test_the_exchanges(tmp_path):
+    done = launch(str(tmp_path), code=EXCHANGES)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = [json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1)]
+    assert [t.pop("share") for t in told] == [[0, 2, 4], [1, 3]]
+    assert told[0] == told[1]
+    assert "different weights" in told[0].pop("drift")
+    assert told[0] == {"from_main": ["only", 0], "gather": ["a", "bb"], "assemble": [0, 10, 20, 30, 40], "few": [0], "numbers": {"x": 4.0},
+                       "add": [3.0, 3.0], "grads": [[3.0] * 6, [1.0] * 4, None]}
+
+
+def test_one_process_exchanges_nothing():
+    assert distributed.world() == 1 and distributed.is_main() and distributed.share(3) == [0, 1, 2]
+    x, p = torch.ones(2), torch.nn.Parameter(torch.ones(1))
+    distributed.add(x)
+    distributed.add_gradients([p])
+    distributed.agree([p], "here")
+    assert x.tolist() == [1, 1] and p.grad is None and distributed.assemble(["a"]) == ["a"] and distributed.from_main(lambda: 5) == 5
+
+
+def test_a_launcher_counts_only_where_one_started_us(monkeypatch):
+    """A scheduler may export WORLD_SIZE for jobs that run one process."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    assert distributed.world() == 1 and distributed.is_main()
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert distributed.world() == 8 and distributed.rank() == 3 and not distributed.is_main()
+
+
+def test_a_mini_batch_is_shared_by_tokens(monkeypatch):
+    lengths = [9, 1, 2, 8, 3, 7]
+    trees = [list(range(n)) for n in lengths]  # a tree has a length, and nothing else is asked
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    parts = []
+    for r in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda r=r: r)
+        parts.append(_share_by_length([5, 0, 3, 1, 2], trees))
+    assert sorted(parts[0] + parts[1]) == [0, 1, 2, 3, 5] and abs(sum(lengths[i] for i in parts[0]) - sum(lengths[i] for i in parts[1])) <= 3
