@@ -10,7 +10,7 @@ TRL's is its unpatched RewardTrainer at its best settings: bf16 weights under it
 by length, a float32 head. Every score is computed by reward.score from the saved adapter, and TRL's are compared with its own model's.
 
 A unit is one training with its scoring: OUT/units/NAME.json, written whole. Run again after a cut: what is finished is skipped, a cut
-training of ours goes on from its last checkpoint. OUT/pairs.json says what was scored (no text), OUT/results.json and results.md what follows.
+training goes on from its last checkpoint. OUT/pairs.json says what was scored (no text), OUT/results.json and results.md what follows.
 """
 
 import argparse
@@ -219,7 +219,7 @@ def train_trl(e: Experiment, work: Path, count: int, rate: float, seed: int) -> 
         adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_epsilon=settings.adam_epsilon, max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch", lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": settings.min_lr_ratio},
         warmup_steps=warmup_steps(steps, settings.warmup_ratio), bf16=bf16, gradient_checkpointing=False, train_sampling_strategy="group_by_length",
-        remove_unused_columns=False, max_length=None, seed=seed, data_seed=seed, use_cpu=device().type == "cpu", save_strategy="no",
+        remove_unused_columns=False, max_length=None, seed=seed, data_seed=seed, use_cpu=device().type == "cpu", save_steps=15, save_total_limit=1,
         logging_steps=1, report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
     sequences = [[t.ids[:t.prompt] + t.ids[a:b] for a, b in t.spans] for t in e.train_trees[:count]]
     data = Dataset.from_dict({"chosen_ids": [c for c, _ in sequences], "rejected_ids": [r for _, r in sequences],
@@ -233,7 +233,7 @@ def train_trl(e: Experiment, work: Path, count: int, rate: float, seed: int) -> 
                 ticker.advance()
 
         trainer.add_callback(Tick())
-        trainer.train()
+        trainer.train(resume_from_checkpoint=any(work.glob("checkpoint-*")) or None)
     net.save_pretrained(work / "model")
     return {"model": work / "model", "losses": [round(r["loss"], 5) for r in trainer.state.log_history if "loss" in r],
             "first_scores": _own_scores(net, e.scored_trees[:4], e.tokenizer.pad_token_id, bf16)}
