@@ -235,7 +235,7 @@ def checked(contender: dict) -> tuple[str, str]:
         return "-", "-"
     e = contender["equality"]
     told = ", ".join(f"{k} {v:.1e}" for k, v in e["differences"].items() if v is not None)
-    return shown(contender["ours_is_faster_by"]) if e["passed"] else "void", f"{'yes' if e['passed'] else 'NO'}: {told}"
+    return shown(contender["ours_is_faster_by"]) if e["passed"] else "void", f"{'yes' if e['passed'] else 'NO (' + '; '.join(e['failed']) + ')'}: {told}"
 
 
 def worst(values: list[float]) -> float:
