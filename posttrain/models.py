@@ -245,7 +245,7 @@ class Roles:
     roles: dict[str, Role] = field(default_factory=dict)
     base: nn.Module | None = None
     pointer: list = field(default_factory=lambda: [None])
-    merged: tuple | None = None  # (which role at which version, its merged copy for decoding)
+    merged: tuple | None = None  # (which role with which weights, its merged copy for decoding)
 
     def __post_init__(self):
         self.tokenizer = self.tokenizer or load_tokenizer(self.config, self.place)
@@ -407,7 +407,6 @@ class Roles:
             if p.shape != found[key].shape:
                 raise PosttrainError(str(source), f"{key} has shape {tuple(found[key].shape)}", f"{tuple(p.shape)}", "Check model.name_or_path.")
             p.data.copy_(found[key].float())
-        self.merged = (None, self.merged[1]) if self.merged else None  # writing to .data leaves no trace in a version
 
     def _full_role(self, name: str, source: Path | None, trainable: bool, head: str | None) -> Role:
         if self.config.quantization != "none":
@@ -454,7 +453,8 @@ class Roles:
         role = self.use(name)
         if not decoder.worth_it(role, self.config.quantization):
             return role.body
-        stamp = (name, [p._version for n, p in role.net.named_parameters() if f".{role.adapter}." in n])
+        adapter = [p.detach() for n, p in role.net.named_parameters() if f".{role.adapter}." in n]
+        stamp = (name, torch.stack([p.norm() for p in adapter]).tolist())  # a version counter does not see fused optimizers and .data
         if self.merged is None or self.merged[0] != stamp:
             self.merged = (stamp, decoder.merged_body(role, self.merged[1] if self.merged else None))
         return self.merged[1]

@@ -42,9 +42,11 @@ def test_the_copy_speaks_as_its_role_and_the_base_stays(pair):
         assert pair.decoder("policy") is first and pair.decoder("other") is first  # one copy's memory serves all roles
 
 
-def test_the_copy_follows_training(pair):
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_copy_follows_training(pair, fused):
+    """A fused optimizer's steps leave no trace in a version counter."""
     agree(pair, "policy")
-    optimizer = torch.optim.AdamW(pair["policy"].parameters(), lr=0.05)
+    optimizer = torch.optim.AdamW(pair["policy"].parameters(), lr=0.05, fused=fused)
     pair.logprobs("policy", collate([tree([5, 9], [[7, 2]])], [0])).sum().backward()
     optimizer.step()
     agree(pair, "policy")
