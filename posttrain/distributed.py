@@ -7,6 +7,7 @@ makes the same step from the same numbers, and `agree` checks it. All processes 
 Light: imports torch and accelerate only where there is more than one process.
 """
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -43,7 +44,8 @@ def join() -> None:
         import torch
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        atexit.register(state.destroy_process_group)  # gloo's threads must end before the process, or it is aborted at its end
 
 
 def wait() -> None:
