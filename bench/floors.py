@@ -43,10 +43,9 @@ def _pairs(jobs, shared: bool) -> float:
     return whole - (sum(p * (p + 1) / 2 * (len(answers) - 1) for p, answers in jobs) if shared else 0)
 
 
-def train(shape: Shape, jobs, head: int) -> float:
-    """FLOP of a pass and its backward pass, adapters alone trained, nothing computed twice."""
-    products = 2.0 * shape.body * sum(p + t for p, answers in jobs for t in answers) + 2.0 * shape.vocab * shape.hidden * head
-    return 2.0 * products + 3.0 * attention(shape, _pairs(jobs, False))
+def train(shape: Shape, jobs, head: int, shared: bool = False) -> float:
+    """FLOP of a pass and its backward pass, adapters alone trained, nothing computed twice. shared: as in `forward`."""
+    return 2.0 * forward(shape, jobs, head, shared) + attention(shape, _pairs(jobs, shared))
 
 
 def decode(shape: Shape, m: Machine, jobs, rows: int, shared: bool = False) -> float:

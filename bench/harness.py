@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from posttrain.errors import PosttrainError
@@ -50,6 +51,28 @@ class Worker:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
+
+
+@contextmanager
+def contenders(module: str, names: list[str], threads: int, folder: Path, path: Path | None = None) -> Iterator[list[Worker]]:
+    """A process for each, closed at the end. path: of packages that all but ours import first."""
+    workers = [Worker(module, n, threads, folder, None if n.startswith("ours") else path) for n in names]
+    try:
+        yield workers
+    finally:
+        for w in workers:
+            w.close()
+
+
+def start(main: Callable[[list[str]], int], work: Callable[[str], None] | None = None) -> None:
+    """What `python -m bench.NAME` does: a contender's process works, any other runs `main` and tells an error in one line."""
+    if work and sys.argv[1:2] == ["--worker"]:
+        return work(sys.argv[2])
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except PosttrainError as e:
+        say(f"error: {e}", style="bold red")
+        sys.exit(1)
 
 
 def serve(answer) -> None:
@@ -152,6 +175,52 @@ def peaks(dtype: str, seconds: float = 0.2) -> dict[str, float]:
     return out
 
 
+class Search:
+    """The best settings of a contender, changed one by one, each change kept where it pays.
+
+    measure(settings) tells 'seconds', or 'why_not' where they are no choice; what it tells is kept in `tried`."""
+
+    def __init__(self, settings: dict, measure: Callable[[dict], dict]):
+        self.best, self.measure, self.seconds, self.tried = settings, measure, float("inf"), []
+
+    def pays(self, change: dict) -> bool:
+        settings = {**self.best, **change}
+        told = self.measure(settings)
+        self.tried.append({"settings": settings, **told})
+        if "why_not" in told or told["seconds"] >= self.seconds:
+            return False
+        self.best, self.seconds = settings, told["seconds"]
+        return True
+
+    def climb(self, key: str, sizes) -> None:
+        """One size after another, as long as it pays."""
+        for size in sizes:
+            if not self.pays({key: size}):
+                break
+
+
+def warm_up(workers: list[Worker], no_tune: bool, request: dict) -> tuple[dict[str, dict], dict]:
+    """Each worker's first answer to 'warm', and TRL's best settings ('settings', 'tried'; empty with no_tune), with which it is warmed again."""
+    first, tuned = {}, {}
+    for w in workers:
+        first[w.name] = w.ask(do="warm", **request)
+        if w.name == "trl best" and not no_tune:
+            tuned = w.ask(do="tune", **request)
+            w.ask(do="warm", **request)
+            say(f"  trl best: {json.dumps(tuned['settings'])}")
+    return first, tuned
+
+
+def every_row(args, base: str, compare: Callable, workers: list[Worker], folder: Path, what: str) -> list[dict]:
+    """compare() for every --dtype and --data. what: the work of a repeat in words."""
+    rows = []
+    for dtype in args.dtype:
+        for data in args.data:
+            say(f"{data}, {dtype}: {what}, {args.repeats} repeats", style="bold")
+            rows.append(compare(args, base, data, dtype, workers, folder / dtype / data))
+    return rows
+
+
 def take_turns(workers: list[Worker], repeats: int, dtype: str, request: dict) -> tuple[dict[str, list[dict]], dict[str, float]]:
     """Each worker's answers to 'run', one after another within every round, and the machine's peaks over the rounds."""
     results, measured = {w.name: [] for w in workers}, []
@@ -213,18 +282,18 @@ def parser(name: str, about: str) -> argparse.ArgumentParser:
     return out
 
 
-def report(args, benchmark: str, rows: list[dict], lines: list[list[str]], head: list[str], **more) -> int:
-    """Write the JSON, print the table. Returns 1 where a check failed, else 0."""
+def report(args, benchmark: str, rows: list[dict], lines: list[list[str]], head: list[str], note: Callable[[dict], str] = lambda row: "", **more) -> int:
+    """Write the JSON, print the table. note: what the line of a row's peaks says besides. Returns 1 where a check failed, else 0."""
     from posttrain.runs import provenance, write_json
 
-    flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "peer")} | {"model": Path(args.model).name}
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "peer", "profile", "shapes")} | {"model": Path(args.model).name}
     made = {"benchmark": benchmark, **provenance(), "processor": processor(), "threads": args.threads, "flags": flags, **more, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / f"{benchmark}-{Path(args.model).name}.json", made)
-    print(f"\n{made['processor']}, {args.threads} threads; commit {made['commit']}\n")
+    print(f"\n{made['processor']}, {args.threads} threads; commit {made['commit']}; TRL {more.get('peer') or made['versions']['trl']}\n")
     for r in rows:
         told = ", ".join(f"{k} {v / 1e9:.0f} {'GB/s' if k == 'copy' else 'GFLOP/s'}" for k, v in r["peak"].items())
-        print(f"{r['data']} {r['dtype']}: peak {told}")
+        print(f"{r['data']} {r['dtype']}: peak {told}{note(r)}")
     print("\n" + markdown(head, lines))
     return 0 if all(c["equality"]["passed"] for r in rows for c in r["contenders"] if "equality" in c) else 1
 

@@ -11,14 +11,33 @@ import math
 import sys
 import tempfile
 import time
+from itertools import takewhile
 from pathlib import Path
 
 from bench import floors
-from bench.harness import Worker, checked, faster, forget_memory, judge, make_clock, parser, peak_memory, report, serve, shown, spread, take_turns
+from bench.harness import (
+    Search,
+    Worker,
+    checked,
+    contenders,
+    every_row,
+    faster,
+    forget_memory,
+    judge,
+    make_clock,
+    parser,
+    peak_memory,
+    report,
+    serve,
+    shown,
+    spread,
+    start,
+    take_turns,
+    warm_up,
+)
 from bench.workload import DTYPES, Words, base_model, digest, draw, end_hf_at, end_ours_at, make_adapter, shape_at, tokenizer_of
 from posttrain.__main__ import quiet_libraries
 from posttrain.errors import PosttrainError
-from posttrain.log import say
 
 PEER = Path(sys.prefix) / "trl-1.12"
 RATE = 1e-5
@@ -125,6 +144,7 @@ def write_handover(folder: Path, roles, scored) -> None:
     import torch
 
     from posttrain.packing import collate
+    from rlhf.ppo import values_of
     from rlhf.rollout import answer_trees
 
     for name in ("policy", "critic"):
@@ -133,10 +153,9 @@ def write_handover(folder: Path, roles, scored) -> None:
     with torch.inference_mode():
         for i, t in enumerate(answer_trees(scored)):
             batch = collate([t], [0], "rows", roles.tokenizer.pad_token_id).to(roles.device)
-            values = roles.scalars_at("critic", roles.hidden("critic", batch), batch.predictors)
-            rows.append({"prompt": scored.prompts[i].ids, "answer": scored.answers[i][0].ids, 
+            rows.append({"prompt": scored.prompts[i].ids, "answer": scored.answers[i][0].ids,
                          "logprobs": roles.logprobs("policy", batch).tolist(), "ref_logprobs": roles.logprobs("reference", batch).tolist(),
-                         "values": values.tolist(), "scores": [roles.scalars("helpfulness", batch).item()]})
+                         "values": values_of(roles, batch).tolist(), "scores": [roles.scalars("helpfulness", batch).item()]})
     (folder / "handover.json").write_text(json.dumps(rows))
 
 
@@ -234,26 +253,14 @@ def settings_of(contender: str, n: int) -> dict:
 
 def tune(folder: Path, base: str, dtype: str, n: int) -> tuple[dict, list]:
     """TRL's best settings here, each by the seconds of one iteration: rows per generation, rows per training step, attention."""
-    best, best_time, tried = settings_of("trl best", n), math.inf, []
-
-    def attempt(change: dict) -> bool:
-        nonlocal best, best_time
-        took = run_peer(folder, base, dtype, {**best, **change}, 1, False)["seconds"]
-        tried.append({"settings": {**best, **change}, "seconds": took})
-        if took >= best_time:
-            return False
-        best, best_time = {**best, **change}, took
-        return True
-
-    attempt({})
+    search = Search(settings_of("trl best", n), lambda settings: {"seconds": run_peer(folder, base, dtype, settings, 1, False)["seconds"]})
+    search.pays({})
     each = min(8, n)
     for key, sizes in (("local_rollout_forward_batch_size", [n // 2, n // 4, n // 8]), ("per_device_train_batch_size", [each // 2, each // 4, each // 8]),
-                       ("per_device_train_batch_size", [2 * each, 4 * each])):  # as long as it pays
-        for size in sizes:
-            if size == 0 or n % size or not attempt({key: size}):
-                break
-    attempt({"attn_implementation": "eager"})
-    return best, tried
+                       ("per_device_train_batch_size", [2 * each, 4 * each])):
+        search.climb(key, takewhile(lambda size: size and n % size == 0, sizes))
+    search.pays({"attn_implementation": "eager"})
+    return search.best, search.tried
 
 
 # -- a contender's process ------------------------------------------------------------------------------------------------------
@@ -305,12 +312,7 @@ def compare(args, base: str, data: str, dtype: str, workers: list[Worker], folde
     write_work(folder, base, data, dtype, args)
     request = {"key": f"{data} {dtype}", "folder": str(folder), "base": base, "dtype": dtype, "iterations": args.iterations, "samples": args.samples,
                "threads": args.threads}
-    first, tuned = {}, {}
-    for w in workers:
-        first[w.name] = w.ask(do="warm", **request)
-        if w.name == "trl best" and not args.no_tune:
-            tuned = w.ask(do="tune", **request)
-            say(f"  trl best: {json.dumps(tuned['settings'])}")
+    first, tuned = warm_up(workers, args.no_tune, request)
     results, peak = take_turns(workers, args.repeats, DTYPES[dtype], request)
     jobs = [(len(r["prompt"]), [len(r["answer"])]) for r in json.loads((folder / "handover.json").read_text())]
     floor = floors.ppo(shape_at(base), floors.machine(peak, DTYPES[dtype]), jobs, args.samples)
@@ -355,26 +357,11 @@ def main(words: list[str]) -> int:
                              "Run `make install`, or name its folder.")
     with tempfile.TemporaryDirectory(prefix="bench-ppo-") as tmp:
         base = base_model(args.model, Path(tmp))
-        workers = [Worker("bench.ppo", n, args.threads, Path(tmp), args.peer.absolute() if n != "ours" else None) for n in ("ours", "trl default", "trl best")]
-        rows = []
-        try:
-            for dtype in args.dtype:
-                for data in args.data:
-                    say(f"{data}, {dtype}: {args.samples} samples an iteration, {args.repeats} repeats of {args.iterations}", style="bold")
-                    rows.append(compare(args, base, data, dtype, workers, Path(tmp) / dtype / data))
-        finally:
-            for w in workers:
-                w.close()
+        with contenders("bench.ppo", ["ours", "trl default", "trl best"], args.threads, Path(tmp), args.peer.absolute()) as workers:
+            rows = every_row(args, base, compare, workers, Path(tmp), f"{args.samples} samples an iteration, {args.iterations} a repeat")
     version = next((p.name.removesuffix(".dist-info") for p in args.peer.glob("trl-*.dist-info")), None)
     return report(args, "ppo", rows, [line(r, c) for r in rows for c in r["contenders"]], HEAD, peer=version)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2])
-    else:
-        try:
-            sys.exit(main(sys.argv[1:]))
-        except PosttrainError as e:
-            say(f"error: {e}", style="bold red")
-            sys.exit(1)
+    start(main, work)

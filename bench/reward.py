@@ -8,25 +8,41 @@ How to read what it prints: bench/README.md.
 
 import argparse
 import gzip
-import hashlib
 import json
 import math
 import os
 import random
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench.harness import ROOT, Worker, forget_memory, make_clock, markdown, peak_memory, peaks, processor, serve, shown, spread
+from bench import floors
+from bench.harness import (
+    ROOT,
+    Search,
+    Worker,
+    contenders,
+    faster,
+    forget_memory,
+    make_clock,
+    markdown,
+    peak_memory,
+    report,
+    serve,
+    shown,
+    spread,
+    start,
+    take_turns,
+    warm_up,
+    worst,
+)
+from bench.workload import DTYPES, Words, base_model, digest, shape_at
 from posttrain.__main__ import quiet_libraries
 from posttrain.errors import PosttrainError
 from posttrain.log import read_lines, say
 
-MODELS = {"smollm2": "builtin:smollm2-135m-instruct", "tiny": "tiny"}
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 TOLERANCE = {"bf16": (2e-2, 0.95), "fp32": (1e-4, 0.999)}  # largest difference of a step's loss; least cosine of the weights' change
 SAME = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type",
         "lr_scheduler_kwargs", "warmup_steps", "max_steps", "seed")  # of our run's arguments, given to TRL as they are
@@ -64,8 +80,7 @@ def run_ours(folder: Path, name: str, order: str, stop_after: int | None, callba
         if not (folder / "handover.json").exists():
             handover(trainer, folder)
         if stop_after:
-            trainer.roles.save("reward", folder / "own_init")
-            told["weights"] = digest(trainer.role.body, folder / "own_init" / "adapter_model.safetensors", trainer.roles.dtype)
+            told["weights"] = digest(trainer.role.body, "reward", trainer.roles.dtype, trainer.role.head)
         for c in [clock, *([callback] if callback else [])]:
             trainer.add_callback(c)
         fit(trainer, *rest)
@@ -186,8 +201,8 @@ def run_peer(folder: Path, base: str, dtype: str, settings: dict, sort: bool, st
     trainer.remove_callback(PrinterCallback)
     told = {}
     if stop_after:
-        save_file(peer_weights(trainer), folder / "peer_init.safetensors")
-        told["weights"] = digest(trainer.model.get_base_model().model, folder / "peer_init.safetensors", getattr(torch, DTYPES[dtype]))
+        base_model = trainer.model.get_base_model()
+        told["weights"] = digest(base_model.model, "default", getattr(torch, DTYPES[dtype]), base_model.score.modules_to_save["default"])
     trainer.train()
     if not stop_after:
         save_file(peer_weights(trainer), folder / "trained.safetensors")
@@ -205,26 +220,13 @@ def settings_of(contender: str, dtype: str) -> dict:
 
 def tune(folder: Path, base: str, dtype: str, batch: int) -> tuple[dict, list]:
     """TRL's best settings here, each by the seconds of the first step (after a warm-up): pairs per device, autocast, attention."""
-    best, tried = settings_of("trl best", dtype), []
-
-    def seconds(settings: dict) -> float:
-        took = run_peer(folder, base, dtype, settings, True, 1)["ends"][0]
-        tried.append({"settings": settings, "seconds": took})
-        return took
-
-    best_time = math.inf
-    for n in (n for n in (1, 2, 4, 8, 16, 32) if batch % n == 0):  # upwards, as long as it pays
-        took = seconds({**best, "per_device_train_batch_size": n})
-        if took >= best_time:
-            break
-        best_time, best = took, {**best, "per_device_train_batch_size": n}
-    init = best.get("model_init_kwargs", {})
+    search = Search(settings_of("trl best", dtype), lambda settings: {"seconds": run_peer(folder, base, dtype, settings, True, 1)["ends"][0]})
+    search.climb("per_device_train_batch_size", [n for n in (1, 2, 4, 8, 16, 32) if batch % n == 0])
+    init = search.best.get("model_init_kwargs", {})
     options = [{"bf16": False}] if dtype == "bf16" else []
     for change in [*options, {"model_init_kwargs": {**init, "attn_implementation": "eager"}}]:
-        took = seconds({**best, **change})
-        if took < best_time:
-            best_time, best = took, {**best, **change}
-    return best, tried
+        search.pays(change)
+    return search.best, search.tried
 
 
 # -- a contender's process ------------------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def work(contender: str) -> None:
     if contender.startswith("ours without "):
         switch_off(contender.removeprefix("ours without "))
 
-    def answer(do: str, key: str, folder: str, base: str, dtype: str, order: str, threads: int, batch: int, warmup: int) -> dict:
+    def answer(do: str, key: str, folder: str, base: str, dtype: str, order: str, threads: int, batch: int, warmup: int, repeat: int = 0) -> dict:
         start = time.perf_counter()
         torch.set_num_threads(threads)
         told, at = {}, Path(folder)
@@ -253,51 +255,21 @@ def work(contender: str) -> None:
             told = run_ours(at, f"{contender.replace(' ', '-')}-{time.time_ns()}", order, stop)
         else:
             told = run_peer(at, base, dtype, settings.get(key) or settings_of(contender, dtype), contender == "trl best", stop)
-        return told | {"memory": peak_memory(), "first_result": told.pop("first_step_at") - start}
+        if do == "run" and repeat == 0:
+            (at / "trained.safetensors").rename(at / f"trained by {contender}.safetensors")
+        return told | {"memory": peak_memory(), "seconds": told["ends"][-1], "first_result": told.pop("first_step_at") - start}
 
     serve(answer)
 
 
-def digest(body, trained: Path, dtype) -> str:
-    """Of a body's frozen weights and a file of trained ones, rounded to a dtype (in bf16, TRL's best holds even the head in bf16)."""
-    import torch
-    from safetensors.torch import load_file
-
-    named = {n.replace(".base_layer", ""): p for n, p in body.named_parameters() if "lora_" not in n} | load_file(trained)
-    h = hashlib.sha256()
-    for name in sorted(named):
-        h.update(name.encode())
-        h.update(named[name].detach().cpu().to(dtype).contiguous().view(torch.uint8).numpy())
-    return h.hexdigest()[:16]
-
-
 # -- data and model -------------------------------------------------------------------------------------------------------------
-
-
-def make_tiny(folder: Path) -> str:
-    """A random Llama of 4 layers, width 256, feed-forward 688, 4 heads, 49,152 rows of vocabulary, with builtin:tiny-llama's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from posttrain import builtin
-
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=49152, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-                         max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(builtin.folder(builtin.TINY)).save_pretrained(folder)
-    return str(folder)
 
 
 def chat_pairs(base: str, n: int, seed: int) -> list[dict]:
     """Pairs of random words of one token each, their numbers lognormal (the template's tokens come on top)."""
     from transformers import AutoTokenizer
 
-    tokenizer, rng = AutoTokenizer.from_pretrained(base), random.Random(seed)
-    words = []
-    for token in sorted(t for t in tokenizer.get_vocab() if t[0] == "Ġ" and t[1:].isascii() and t[1:].isalpha()):
-        if len(tokenizer.encode(" " + token[1:], add_special_tokens=False)) == 1:
-            words.append(token[1:])
+    words, rng = Words(AutoTokenizer.from_pretrained(base), seed).words, random.Random(seed)
 
     def text(mean, sigma, most):
         size = round(rng.lognormvariate(math.log(mean) - sigma ** 2 / 2, sigma))
@@ -332,47 +304,37 @@ def write_recipe(folder: Path, base: str, data: str, rows: list[dict], dtype: st
 
 
 def useful(base: str, told: dict) -> dict:
-    """Tokens and FLOP that training on a handover's batches needs, with the prompt in both answers' passes and with it once.
-
-    LoRA: matrix products forward and to the input, attention forward and twice back; adapters, head and norms left out.
-    """
-    from posttrain.shape import shape_of
-
-    shape = shape_of(json.loads((Path(base) / "config.json").read_text()))
-    width = shape.linears["q_proj"][1]
-    out = {"pairs": 0, "tokens": 0, "flop": 0.0, "tokens_shared": 0, "flop_shared": 0.0}
-
-    def flop(tokens: int, pairs_of_positions: int) -> float:
-        return 2 * 2 * shape.body * tokens + 3 * 4 * shape.layers * width * pairs_of_positions
-
-    for row in (told["rows"][i] for b in told["batches"] for i in b):
-        p, sides = row["prompt"], [len(row["chosen_ids"]), len(row["rejected_ids"])]
-        seen = [n * (n + 1) // 2 for n in sides]
-        out["pairs"] += 1
-        out["tokens"] += sum(sides)
-        out["flop"] += flop(sum(sides), sum(seen))
-        out["tokens_shared"] += sum(sides) - p
-        out["flop_shared"] += flop(sum(sides) - p, sum(seen) - p * (p + 1) // 2)
-    return out
+    """Tokens and FLOP (bench/floors.py) that training on a handover's batches needs, with the prompt in both answers' passes and with it once."""
+    rows = [told["rows"][i] for b in told["batches"] for i in b]
+    jobs = [(r["prompt"], [len(r[k]) - r["prompt"] for k in ("chosen_ids", "rejected_ids")]) for r in rows]
+    tokens = sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
+    flop, flop_shared = (floors.train(shape_at(base), jobs, 0, shared) for shared in (False, True))
+    return {"pairs": len(rows), "tokens": tokens, "flop": flop, "tokens_shared": tokens - sum(p for p, _ in jobs), "flop_shared": flop_shared}
 
 
 # -- comparing ------------------------------------------------------------------------------------------------------------------
 
 
-def equality(ours: dict, other: dict, dtype: str, files: tuple[Path, Path, Path]) -> dict:
-    """Our first repeat against another contender's: initial weights, losses of every step, the change of the trained weights."""
+def change_cosine(files: tuple[Path, Path, Path]) -> float | None:
+    """Cosine of what two trainings changed. files: the weights before, after one, after the other; None where their tensors are not the same ones."""
     import torch
     from safetensors.torch import load_file
 
     init, mine, theirs = (load_file(f) for f in files)
-    same = set(init) == set(mine) == set(theirs)
-    change = [torch.cat([(x[k].double() - init[k].double()).flatten() for k in sorted(init)]) for x in (mine, theirs)] if same else None
-    loss, cosine = TOLERANCE[dtype]
+    if not set(init) == set(mine) == set(theirs):
+        return None
+    change = [torch.cat([(x[k].double() - init[k].double()).flatten() for k in sorted(init)]) for x in (mine, theirs)]
+    return torch.cosine_similarity(*change, dim=0).item()
+
+
+def equality(ours: dict, other: dict, dtype: str, files: tuple[Path, Path, Path]) -> dict:
+    """Our first repeat against another contender's: initial weights, losses of every step, the change of the trained weights."""
+    (loss, least), cosine = TOLERANCE[dtype], change_cosine(files)
     out = {"initial_weights": [ours["weights"], other["weights"]],
-           "loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], other["losses"], strict=True)), "loss_tolerance": loss,
-           "change_cosine": torch.cosine_similarity(*change, dim=0).item() if same else None, "cosine_tolerance": cosine,
+           "loss_difference": worst([abs(a - b) for a, b in zip(ours["losses"], other["losses"], strict=True)]), "loss_tolerance": loss,
+           "change_cosine": cosine, "cosine_tolerance": least,
            "accuracy_difference": max(abs(a - b) for a, b in zip(ours["accuracies"], other["accuracies"], strict=True))}
-    out["passed"] = ours["weights"] == other["weights"] and out["loss_difference"] <= loss and same and out["change_cosine"] >= cosine
+    out["passed"] = ours["weights"] == other["weights"] and out["loss_difference"] <= loss and cosine is not None and cosine >= least
     return out
 
 
@@ -380,28 +342,14 @@ def compare(args, base: str, data: str, dtype: str, workers: list[Worker], folde
     """One row of the table for every contender: warm-up, then interleaved repeats."""
     request = {"key": f"{data} {dtype}", "folder": str(folder), "base": base, "dtype": dtype, "order": args.order, "threads": args.threads,
                "batch": args.batch, "warmup": args.warmup}
-    results, tuned, measured, first = {}, {}, [], {}
-    for w in workers:
-        first[w.name] = w.ask(do="warm", **request)
-        if w.name == "trl best" and not args.no_tune:
-            tuned = w.ask(do="tune", **request)
-            w.ask(do="warm", **request)
-            say(f"  trl best: {json.dumps(tuned['settings'])}")
-    for repeat in range(args.repeats):
-        measured.append(peaks(DTYPES[dtype]))
-        for w in workers:
-            told = w.ask(do="run", **request)
-            results.setdefault(w.name, []).append(told)
-            if repeat == 0:
-                (folder / "trained.safetensors").rename(folder / f"trained by {w.name}.safetensors")
-            say(f"  repeat {repeat + 1}, {w.name}: {told['ends'][-1]:.1f} s")
-    peak = {k: max(m[k] for m in measured) for k in measured[0]}
-    best = max(v for k, v in peak.items() if k != "copy")
+    first, tuned = warm_up(workers, args.no_tune, request)
+    results, peak = take_turns(workers, args.repeats, DTYPES[dtype], request)
+    best = floors.machine(peak, DTYPES[dtype]).flops
     told = json.loads((folder / "handover.json").read_text())
     need = useful(base, told)
     rows = []
     for w in workers:
-        seconds = [r["ends"][-1] for r in results[w.name]]
+        seconds = [r["seconds"] for r in results[w.name]]
         middle = statistics.median(seconds)
         row = {"contender": w.name, "pairs_per_second": spread([need["pairs"] / s for s in seconds]), "seconds": seconds,
                "step_ends": [r["ends"] for r in results[w.name]], "losses": results[w.name][0]["losses"],
@@ -412,7 +360,7 @@ def compare(args, base: str, data: str, dtype: str, workers: list[Worker], folde
         if w.name != "ours":
             files = tuple(folder / f for f in ("init/adapter_model.safetensors", "trained by ours.safetensors", f"trained by {w.name}.safetensors"))
             row["equality"] = equality(*({**results[n][0], "weights": first[n]["weights"]} for n in ("ours", w.name)), dtype, files)
-            row["ours_is_faster_by"] = spread([b / a for a, b in zip([r["ends"][-1] for r in results["ours"]], seconds, strict=True)])
+            row["ours_is_faster_by"] = faster(results["ours"], results[w.name])
         if w.name.startswith("trl"):
             row["settings"] = tuned.get("settings") if w.name == "trl best" and tuned else settings_of(w.name, dtype)
         rows.append(row)
@@ -420,20 +368,21 @@ def compare(args, base: str, data: str, dtype: str, workers: list[Worker], folde
             "tuning": tuned.get("tried"), "contenders": rows}
 
 
+HEAD = ["data", "dtype", "contender", "pairs/s", "ours is faster by", "same losses", "tokens/s", "positions/s", "of peak", "of peak, shared", "memory"]
+
+
+def line(row: dict, c: dict) -> list[str]:
+    ratio, check = "-", "-"
+    if "equality" in c:
+        e = c["equality"]
+        check = f"{'yes' if e['passed'] else 'NO'}: {e['loss_difference']:.1e}, cos {e['change_cosine'] or 0:.4f}"
+        ratio = shown(c["ours_is_faster_by"]) if e["passed"] else "void"
+    return [row["data"], row["dtype"], c["contender"], shown(c["pairs_per_second"]), ratio, check, f"{c['tokens_per_second']:.0f}",
+            f"{c['positions_per_second']:.0f}", f"{c['fraction_of_peak']:.0%}", f"{c['fraction_of_peak_shared']:.0%}", f"{c['memory'] / 1e9:.2f} GB"]
+
+
 def table(rows: list[dict]) -> str:
-    head = ["data", "dtype", "contender", "pairs/s", "ours is faster by", "same losses", "tokens/s", "positions/s", "of peak", "of peak, shared", "memory"]
-    lines = []
-    for r in rows:
-        for c in r["contenders"]:
-            ratio, check = "-", "-"
-            if "equality" in c:
-                e = c["equality"]
-                check = f"{'yes' if e['passed'] else 'NO'}: {e['loss_difference']:.1e}, cos {e['change_cosine'] or 0:.4f}"
-                ratio = shown(c["ours_is_faster_by"]) if e["passed"] else "void"
-            lines.append([r["data"], r["dtype"], c["contender"], shown(c["pairs_per_second"]), ratio, check, f"{c['tokens_per_second']:.0f}",
-                          f"{c['positions_per_second']:.0f}", f"{c['fraction_of_peak']:.0%}", f"{c['fraction_of_peak_shared']:.0%}",
-                          f"{c['memory'] / 1e9:.2f} GB"])
-    return markdown(head, lines)
+    return markdown(HEAD, [line(r, c) for r in rows for c in r["contenders"]])
 
 
 def profile(args, base: str, folder: Path) -> None:
@@ -503,17 +452,14 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-reward-") as tmp:
         import torch
 
-        from posttrain.models import resolve
-
         torch.set_num_threads(args.threads)
-        base = make_tiny(Path(tmp) / "model") if args.model == "tiny" else resolve(MODELS.get(args.model, args.model), "bench: --model")
+        base = base_model(args.model, Path(tmp))
         if args.profile:
             profile(args, base, Path(tmp) / "profile")
             return 0
         names = ["ours", "trl default", "trl best", *(f"ours without {t}" for t in args.without)]
-        workers = [Worker("bench.reward", n, args.threads, Path(tmp)) for n in names]
         rows, skipped = [], {}
-        try:
+        with contenders("bench.reward", names, args.threads, Path(tmp)) as workers:
             for data in args.data:
                 pairs = pairs_of(args, base, data)
                 if isinstance(pairs, str):
@@ -525,37 +471,16 @@ def main(words: list[str]) -> int:
                     folder = Path(tmp) / f"{data}-{dtype}"
                     write_recipe(folder, base, data, pairs, dtype, args)
                     rows.append(compare(args, base, data, dtype, workers, folder))
-        finally:
-            for w in workers:
-                w.close()
-    return tell(args, rows, skipped)
-
-
-def tell(args, rows: list[dict], skipped: dict) -> int:
-    from posttrain.runs import provenance, write_json
-
-    flags = {k: v for k, v in vars(args).items() if k not in ("out", "profile", "shapes")} | {"model": Path(args.model).name}
-    made = {"benchmark": "reward", **provenance(), "processor": processor(), "threads": args.threads, "flags": flags, "skipped": skipped, "rows": rows}
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"reward-{Path(args.model).name}.json"
-    write_json(path, made)
-    print(f"\n{made['processor']}, {args.threads} threads; commit {made['commit']}; TRL {made['versions']['trl']}\n")
-    for r in rows:
-        told = ", ".join(f"{k} {v / 1e9:.0f} {'GB/s' if k == 'copy' else 'GFLOP/s'}" for k, v in r["peak"].items())
-        print(f"{r['data']} {r['dtype']}: peak {told}; {r['need']['tokens'] / r['need']['pairs']:.0f} tokens a pair, "
-              f"{r['need']['tokens_shared'] / r['need']['pairs']:.0f} with the prompt once")
-    print("\n" + table(rows))
+    done = report(args, "reward", rows, [line(r, c) for r in rows for c in r["contenders"]], HEAD, tokens_of, skipped=skipped)
     for data, why in skipped.items():
         print(f"{data} skipped: {why}")
-    return 0 if all(c["equality"]["passed"] for r in rows for c in r["contenders"] if "equality" in c) else 1
+    return done
+
+
+def tokens_of(row: dict) -> str:
+    need = row["need"]
+    return f"; {need['tokens'] / need['pairs']:.0f} tokens a pair, {need['tokens_shared'] / need['pairs']:.0f} with the prompt once"
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2])
-    else:
-        try:
-            sys.exit(main(sys.argv[1:]))
-        except PosttrainError as e:
-            say(f"error: {e}", style="bold red")
-            sys.exit(1)
+    start(main, work)

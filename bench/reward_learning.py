@@ -32,7 +32,7 @@ from bench.learning_runs import (
     train_with_stage,
 )
 from posttrain.config import LoraSettings, ModelConfig
-from posttrain.data import prompt_key
+from posttrain.data import pick, prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.log import Ticker, say
@@ -92,7 +92,7 @@ def split(pairs: list[Pair], held_out_prompts: int, validation_prompts: int, uns
 
 def some(items: list, count: int, seed: int = 0) -> list:
     """`count` of them at random, kept in order; all where count is 0 or more than there are."""
-    return items if not count or count >= len(items) else [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), count))]
+    return pick(items, count or None, random.Random(seed))
 
 
 @dataclass

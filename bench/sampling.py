@@ -8,17 +8,31 @@ How to read what it prints: bench/README.md.
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from bench import floors
-from bench.harness import Worker, checked, faster, forget_memory, judge, parser, peak_memory, report, serve, shown, spread, take_turns
+from bench.harness import (
+    Worker,
+    checked,
+    contenders,
+    every_row,
+    faster,
+    forget_memory,
+    judge,
+    parser,
+    peak_memory,
+    report,
+    serve,
+    shown,
+    spread,
+    start,
+    take_turns,
+)
 from bench.workload import DTYPES, Words, base_model, draw, end_hf_at, end_ours_at, make_adapter, roles_of, shape_at, tokenizer_of
 from posttrain import chat
 from posttrain.__main__ import quiet_libraries
-from posttrain.errors import PosttrainError
 from posttrain.log import say
 
 PEERS = ("hf dynamic", "hf static", "hf continuous")
@@ -344,15 +358,8 @@ def main(words: list[str]) -> int:
     args = options.parse_args(words)
     with tempfile.TemporaryDirectory(prefix="bench-sampling-") as tmp:
         base = base_model(args.model, Path(tmp))
-        workers, rows = [Worker("bench.sampling", n, args.threads, Path(tmp)) for n in ("ours", *args.peers)], []
-        try:
-            for dtype in args.dtype:
-                for data in args.data:
-                    say(f"{data}, {dtype}: {args.prompts} prompts, best of {args.samples}, {args.repeats} repeats", style="bold")
-                    rows.append(compare(args, base, data, dtype, workers, Path(tmp) / dtype / data))
-        finally:
-            for w in workers:
-                w.close()
+        with contenders("bench.sampling", ["ours", *args.peers], args.threads, Path(tmp)) as workers:
+            rows = every_row(args, base, compare, workers, Path(tmp), f"{args.prompts} prompts, best of {args.samples}")
     done = report(args, "sampling", rows, [line(r, c) for r in rows for c in r["contenders"]], HEAD)
     for r in rows:
         for name, why in r["not_run"].items():
@@ -361,11 +368,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2])
-    else:
-        try:
-            sys.exit(main(sys.argv[1:]))
-        except PosttrainError as e:
-            say(f"error: {e}", style="bold red")
-            sys.exit(1)
+    start(main, work)

@@ -7,18 +7,36 @@ How to read what it prints: bench/README.md.
 """
 
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from bench import floors
-from bench.harness import Worker, checked, faster, forget_memory, judge, make_clock, parser, peak_memory, report, serve, shown, spread, take_turns, worst
-from bench.reward import SAME, peer_weights
+from bench.harness import (
+    Search,
+    Worker,
+    checked,
+    contenders,
+    every_row,
+    faster,
+    forget_memory,
+    judge,
+    make_clock,
+    parser,
+    peak_memory,
+    report,
+    serve,
+    shown,
+    spread,
+    start,
+    take_turns,
+    warm_up,
+    worst,
+)
+from bench.reward import SAME, change_cosine, peer_weights, settings_of
 from bench.workload import DTYPES, Words, base_model, digest, draw, shape_at, tokenizer_of
 from posttrain.__main__ import quiet_libraries
-from posttrain.errors import PosttrainError
-from posttrain.log import read_lines, say
+from posttrain.log import read_lines
 
 MAX_LENGTH = 1024  # TRL's default; longer demonstrations are dropped on both sides
 LIMITS = {"bf16": {"loss": 2e-2, "1 - cosine": 0.05}, "fp32": {"loss": 1e-4, "1 - cosine": 1e-3}}  # of a step's loss; of the weights' change
@@ -113,43 +131,29 @@ def run_peer(folder: Path, base: str, dtype: str, settings: dict, sort: bool, st
     return out | clock.told() | {"losses": [r["loss"] for r in trainer.state.log_history if "loss" in r]}
 
 
-def settings_of(contender: str, dtype: str) -> dict:
-    """SFTConfig values beyond the shared ones, as in bench/reward.py."""
-    if contender == "trl default":
-        return {} if dtype == "bf16" else {"bf16": False}
-    return {"gradient_checkpointing": False, **({"model_init_kwargs": {"dtype": "bfloat16"}} if dtype == "bf16" else {"bf16": False})}
-
-
 def tune(folder: Path, base: str, dtype: str, batch: int) -> tuple[dict, list]:
     """TRL's best settings here, each by the seconds of the first step: demonstrations per device, then padding-free (what packing
     becomes where a step's demonstrations are given), the chunked loss, autocast and attention. One that changes the loss is no choice."""
-    best, best_time, tried = settings_of("trl best", dtype), float("inf"), []
+    losses = []
 
-    def pays(change: dict) -> bool:
-        nonlocal best, best_time
-        settings = {**best, **change}
+    def measure(settings: dict) -> dict:
         try:
             told = run_peer(folder, base, dtype, settings, True, 1)
         except Exception as e:  # whatever a setting that does not work here raises
-            tried.append({"settings": settings, "why_not": f"{type(e).__name__}: {str(e)[:200]}"})
-            return False
-        tried.append({"settings": settings, "seconds": told["ends"][0], "loss": told["losses"][0]})
-        first = next(t["loss"] for t in tried if "loss" in t)
-        if abs(told["losses"][0] - first) > LIMITS[dtype]["loss"] or told["ends"][0] >= best_time:
-            return False
-        best, best_time = settings, told["ends"][0]
-        return True
+            return {"why_not": f"{type(e).__name__}: {str(e)[:200]}"}
+        losses.append(told["losses"][0])
+        other = abs(losses[-1] - losses[0]) > LIMITS[dtype]["loss"]
+        return {"seconds": told["ends"][0], "loss": losses[-1]} | ({"why_not": "another loss"} if other else {})
 
-    for n in (n for n in (1, 2, 4, 8, 16, 32) if batch % n == 0):  # upwards, as long as it pays
-        if not pays({"per_device_train_batch_size": n}):
-            break
-    each, init = best["per_device_train_batch_size"], best.get("model_init_kwargs", {})
+    search = Search(settings_of("trl best", dtype), measure)
+    search.climb("per_device_train_batch_size", [n for n in (1, 2, 4, 8, 16, 32) if batch % n == 0])
+    each, init = search.best["per_device_train_batch_size"], search.best.get("model_init_kwargs", {})
     for n in dict.fromkeys((each, min(4 * each, batch))):
-        pays({"per_device_train_batch_size": n, "padding_free": True, "max_length": None})
+        search.pays({"per_device_train_batch_size": n, "padding_free": True, "max_length": None})
     eager = {"model_init_kwargs": {**init, "attn_implementation": "eager"}}
     for change in ({"loss_type": "chunked_nll"}, *([{"bf16": False}] if dtype == "bf16" else []), eager):
-        pays(change)
-    return best, tried
+        search.pays(change)
+    return search.best, search.tried
 
 
 # -- a contender's process ------------------------------------------------------------------------------------------------------
@@ -185,27 +189,18 @@ def work(contender: str) -> None:
 
 def equality(ours: dict, other: dict, dtype: str, files: tuple[Path, Path, Path]) -> dict:
     """Our first repeat against another contender's: initial weights, losses of every step, the change of the trained weights."""
-    import torch
-    from safetensors.torch import load_file
-
-    init, mine, theirs = (load_file(f) for f in files)
-    same = set(init) == set(mine) == set(theirs) and len(ours["losses"]) == len(other["losses"])
-    change = [torch.cat([(x[k].double() - init[k].double()).flatten() for k in sorted(init)]) for x in (mine, theirs)] if same else None
+    cosine = change_cosine(files)
     differences = {"loss": worst([abs(a - b) for a, b in zip(ours["losses"], other["losses"], strict=False)]),
-                   "1 - cosine": 1 - torch.cosine_similarity(*change, dim=0).item() if same else None}
-    return judge(differences, LIMITS[dtype], {"same initial weights": ours["weights"] == other["weights"], "same tensors and steps": same})
+                   "1 - cosine": None if cosine is None else 1 - cosine}
+    return judge(differences, LIMITS[dtype], {"same initial weights": ours["weights"] == other["weights"],
+                                              "same tensors and steps": cosine is not None and len(ours["losses"]) == len(other["losses"])})
 
 
 def compare(args, base: str, data: str, dtype: str, workers: list[Worker], folder: Path) -> dict:
     """One row of the table for every contender: warm-up, TRL's tuning, then interleaved repeats."""
     write_work(folder, base, data, dtype, args)
     request = {"key": f"{data} {dtype}", "folder": str(folder), "base": base, "dtype": dtype, "threads": args.threads, "batch": args.batch}
-    first, tuned = {}, {}
-    for w in workers:
-        first[w.name] = w.ask(do="warm", **request)
-        if w.name == "trl best" and not args.no_tune:
-            tuned = w.ask(do="tune", **request)
-            say(f"  trl best: {json.dumps(tuned['settings'])}")
+    first, tuned = warm_up(workers, args.no_tune, request)
     results, peak = take_turns(workers, args.repeats, DTYPES[dtype], request)
     told = json.loads((folder / "handover.json").read_text())
     trained = [told["rows"][i] for b in told["batches"] for i in b]
@@ -246,25 +241,10 @@ def main(words: list[str]) -> int:
     args = options.parse_args(words)
     with tempfile.TemporaryDirectory(prefix="bench-sft-") as tmp:
         base = base_model(args.model, Path(tmp))
-        workers = [Worker("bench.sft", n, args.threads, Path(tmp)) for n in ("ours", "trl default", "trl best")]
-        rows = []
-        try:
-            for dtype in args.dtype:
-                for data in args.data:
-                    say(f"{data}, {dtype}: {args.steps} steps of {args.batch} demonstrations, {args.repeats} repeats", style="bold")
-                    rows.append(compare(args, base, data, dtype, workers, Path(tmp) / dtype / data))
-        finally:
-            for w in workers:
-                w.close()
+        with contenders("bench.sft", ["ours", "trl default", "trl best"], args.threads, Path(tmp)) as workers:
+            rows = every_row(args, base, compare, workers, Path(tmp), f"{args.steps} steps of {args.batch} demonstrations")
     return report(args, "sft", rows, [line(r, c) for r in rows for c in r["contenders"]], HEAD)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2])
-    else:
-        try:
-            sys.exit(main(sys.argv[1:]))
-        except PosttrainError as e:
-            say(f"error: {e}", style="bold red")
-            sys.exit(1)
+    start(main, work)

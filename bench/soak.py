@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.harness import ROOT, markdown, processor
+from bench.harness import ROOT, markdown, processor, start
 from posttrain.errors import PosttrainError
 from posttrain.log import read_lines, say
 from posttrain.runs import file_digest, provenance, read_json, write_json
@@ -107,12 +107,12 @@ def soak(straight: Path, work: Path, kills: int, seed: int) -> dict:
             "identical": not any(e["different"] for e in ends)}
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="that hit sampling or PPO")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         say("a run without kills ...")
@@ -128,4 +128,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

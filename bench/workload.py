@@ -11,10 +11,26 @@ import math
 import random
 from pathlib import Path
 
-from bench.reward import DTYPES, MODELS, make_tiny  # noqa: F401  shared with the benchmark of reward models
 from posttrain.errors import PosttrainError
 
+MODELS = {"smollm2": "builtin:smollm2-135m-instruct"}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 SIGMA = {"prompt": 0.6, "answer": 0.8}
+
+
+def make_tiny(folder: Path) -> str:
+    """A random Llama of 4 layers, width 256, feed-forward 688, 4 heads, 49,152 rows of vocabulary, with builtin:tiny-llama's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from posttrain import builtin
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=49152, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+                         max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(builtin.folder(builtin.TINY)).save_pretrained(folder)
+    return str(folder)
 
 
 def base_model(name: str, folder: Path) -> str:

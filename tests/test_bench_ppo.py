@@ -1,18 +1,16 @@
 """The PPO benchmark: it runs beside TRL 1.12, both sides do the same work, it tells what it should. No timings."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from bench_support import run_bench
 
 from bench import floors
 from bench import ppo as bench
 from posttrain.errors import PosttrainError
 from posttrain.shape import shape_of
 
-ROOT = Path(__file__).parent.parent
 SMALL = shape_of({"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50, "model_type": "llama"})
 
 
@@ -21,11 +19,7 @@ def run(tmp_path_factory):
     """(what it printed, its JSON) of the smallest run."""
     if not (bench.PEER / "trl").is_dir():
         pytest.skip("TRL 1.12, the last release with PPO, is not in .venv/trl-1.12: run `make install`")
-    out = tmp_path_factory.mktemp("bench")
-    words = ["--model", "tiny", "--samples", "4", "--mean", "40", "--repeats", "1", "--threads", "1", "--no-tune", "--data", "chat", "--dtype", "fp32"]
-    done = subprocess.run([sys.executable, "-m", "bench.ppo", *words, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads((out / "ppo-tiny.json").read_text(encoding="utf-8"))
+    return run_bench("ppo", tmp_path_factory.mktemp("bench"), "--samples", "4", "--mean", "40", "--data", "chat", "--dtype", "fp32")
 
 
 def test_both_sides_do_the_same_work(run):

@@ -1,31 +1,22 @@
 """The reward benchmark: it runs, its contenders train alike, it tells what it should. No timings."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bench_support import ROOT, run_bench
 from safetensors.torch import save_file
 
 from bench import reward as bench
 from posttrain import packing, training
 from posttrain.packing import collate, token_budget, tree
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(what it printed, its JSON) of the smallest run."""
-    out = tmp_path_factory.mktemp("bench")
-    words = ["--model", "tiny", "--steps", "2", "--batch", "2", "--repeats", "1", "--threads", "1", "--no-tune", "--data", "chat", "hh_harmless"]
-    env = {k: v for k, v in os.environ.items() if k != "POSTTRAIN_REAL_DATA"}
-    done = subprocess.run([sys.executable, "-m", "bench.reward", *words, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads((out / "reward-tiny.json").read_text(encoding="utf-8"))
+    return run_bench("reward", tmp_path_factory.mktemp("bench"), "--steps", "2", "--batch", "2", "--data", "chat", "hh_harmless")
 
 
 def test_the_contenders_train_alike(run):

@@ -1,31 +1,20 @@
 """The best-of-K benchmark: it runs, its contenders sample as much and score alike, it tells what it should. No timings."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench_support import ONE_LAYER, run_bench
 
 from bench import floors
 from bench.workload import Words, draw, end_hf_at, end_ours_at
 from posttrain import chat, generate
-from posttrain.shape import shape_of
-
-ROOT = Path(__file__).parent.parent
-ONE_LAYER = shape_of({"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 10, "model_type": "llama"})
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(what it printed, its JSON) of the smallest run."""
-    out = tmp_path_factory.mktemp("bench")
-    words = ["--model", "tiny", "--prompts", "3", "--samples", "3", "--mean", "40", "--repeats", "1", "--threads", "1", "--no-tune", "--data", "chat",
-             "--dtype", "fp32", "--peers", "hf dynamic"]
-    done = subprocess.run([sys.executable, "-m", "bench.sampling", *words, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads((out / "sampling-tiny.json").read_text(encoding="utf-8"))
+    return run_bench("sampling", tmp_path_factory.mktemp("bench"), "--prompts", "3", "--samples", "3", "--mean", "40", "--data", "chat", "--dtype", "fp32",
+                     "--peers", "hf dynamic")
 
 
 def test_the_contenders_do_the_same_work(run):

@@ -1,32 +1,22 @@
 """The fine-tuning benchmark: it runs, its contenders train alike, it tells what it should. No timings."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bench_support import ONE_LAYER, run_bench
 from safetensors.torch import save_file
 
 from bench import floors
 from bench import sft as bench
 from bench.harness import spread
-from posttrain.shape import shape_of
-
-ROOT = Path(__file__).parent.parent
-ONE_LAYER = shape_of({"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 10, "model_type": "llama"})
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(what it printed, its JSON) of the smallest run."""
-    out = tmp_path_factory.mktemp("bench")
-    words = ["--model", "tiny", "--steps", "2", "--batch", "2", "--mean", "40", "--repeats", "1", "--threads", "1", "--no-tune", "--data", "chat",
-             "--dtype", "fp32"]
-    done = subprocess.run([sys.executable, "-m", "bench.sft", *words, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads((out / "sft-tiny.json").read_text(encoding="utf-8"))
+    return run_bench("sft", tmp_path_factory.mktemp("bench"), "--steps", "2", "--batch", "2", "--mean", "40", "--data", "chat", "--dtype", "fp32")
 
 
 def test_the_contenders_train_alike(run):
