@@ -75,7 +75,7 @@ def _blocks(t: int, batch: int, groups: int, mask: Tensor | None, spans: list | 
     for row, answers in enumerate(spans):
         at, prompt = slice(row * groups, (row + 1) * groups), answers[0][0]
         for start, end, own in [(0, answers[0][1], prompt), *((a, b, a) for a, b in answers[1:])]:
-            out += [_Block(at, i, min(i + BLOCK, end), prompt if own != prompt else 0, own if own != prompt else 0) for i in range(start, end, BLOCK)]
+            out += [_Block(at, i, min(i + BLOCK, end), prompt, own) for i in range(start, end, BLOCK)]
     return out
 
 

@@ -341,6 +341,17 @@ def references(value) -> list[str]:
     return []
 
 
+def ancestors(recipe: Recipe, config: StageConfig) -> list[str]:
+    """The sections that a stage configuration descends from, through any reference, by name."""
+    found, todo = set(), references(config.model_dump())
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += references(recipe.stages[name].model_dump())
+    return sorted(found)
+
+
 def fields_referring_to(config: StageConfig, what: str) -> dict[str, Any]:
     """The fields of a stage configuration declared as `DataNames` ('data') or `ModelRef` ('model'), with their values."""
     out = {}

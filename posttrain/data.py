@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import sys
 import zlib
@@ -328,6 +329,11 @@ def naming(items: list[Item], i: int):
         words = next((m["content"] for m in (items[i].prompt if isinstance(items[i], Pair) else items[i].messages) if m["role"] == "user"), "")
         raise PosttrainError(f"{e.place}, item {i + 1} of {len(items)} from {items[i].source or 'this data set'} "
                              f"({words[:50]!r}{'...' * (len(words) > 50)})", e.found, e.expected, e.do) from None
+
+
+def pick(rows, n: int | None, rng: random.Random) -> list:
+    """n rows by lot, kept in order; all where n is None or not fewer."""
+    return list(rows) if n is None or n >= len(rows) else [rows[i] for i in sorted(rng.sample(range(len(rows)), n))]
 
 
 def _rank(seed: int, *parts) -> bytes:

@@ -231,13 +231,8 @@ class Planner:
 
     def earlier_rounds(self, config) -> list:
         """The rejection sections that a section descends from (as rlhf.rejection)."""
-        found, todo = {}, cfg.references(config.model_dump())
-        while todo:
-            name = todo.pop()
-            if name not in found:
-                found[name] = self.recipe.stages[name]
-                todo += cfg.references(found[name].model_dump())
-        return [c for c in found.values() if c.stage == "rejection"]
+        found = [self.recipe.stages[name] for name in cfg.ancestors(self.recipe, config)]
+        return [c for c in found if c.stage == "rejection"]
 
     def memory(self, frozen: int, trainable: int, kv_tokens: int = 0, training_tokens: int = 0, checkpointing: bool = False) -> dict:
         """Bytes by use, at their peak. Decoding and training take turns, so the larger of key/value memory and activations counts.

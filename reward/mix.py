@@ -3,7 +3,7 @@
 import hashlib
 import random
 
-from posttrain.data import content, prompt_key
+from posttrain.data import content, pick, prompt_key
 from posttrain.formats import Pair
 from posttrain.plan import fraction_rows
 
@@ -19,8 +19,8 @@ def mix(own: list[Pair], other: list[Pair], own_share: float, seed: int, fractio
         wanted_own = len(own)
         if wanted_other > len(other):
             wanted_other, wanted_own = len(other), min(len(own), max(1, round(len(other) * own_share / (1 - own_share))))
-        chosen_own = _sample(own, wanted_own, rng)
-        chosen_other = _sample(other, wanted_other, rng)
+        chosen_own = pick(own, wanted_own, rng)
+        chosen_other = pick(other, wanted_other, rng)
     chosen_own, chosen_other = part(chosen_own, fraction, seed), part(chosen_other, fraction, seed)
     by_source: dict[str, int] = {}
     for pair in [*chosen_own, *chosen_other]:
@@ -43,8 +43,3 @@ def without_unsafe_preferred(pairs: list[Pair]) -> tuple[list[Pair], int]:
     """The pairs but for those whose chosen answer is labelled unsafe and whose other is safe (paper section 3.2.1), and how many those are."""
     kept = [p for p in pairs if not p.unsafe_preferred]
     return kept, len(pairs) - len(kept)
-
-
-def _sample(rows: list, n: int, rng: random.Random) -> list:
-    """n rows without repetition, kept in order."""
-    return list(rows) if n >= len(rows) else [rows[i] for i in sorted(rng.sample(range(len(rows)), n))]

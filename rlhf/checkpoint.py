@@ -41,19 +41,17 @@ def save(section: Section, roles: Roles, policy_optimizer, critic_optimizer, sta
 
 
 def _write(section: Section, roles: Roles, optimizers, state: State) -> None:
-    folder = section.folder / f"checkpoint-{state.iteration}"
-    work = section.folder / "checkpoint.tmp"
-    shutil.rmtree(work, ignore_errors=True)
-    for name, optimizer in optimizers:
-        roles.save(name, work / name)
-        torch.save(optimizer.state_dict(), work / f"{name}_optimizer.pt")
-        for file in (work / name).iterdir():
-            file.rename(work / f"{name}.{file.name}")
-        (work / name).rmdir()
-    write_json(work / "state.json", asdict(state))
-    seal(work)
-    shutil.rmtree(folder, ignore_errors=True)
-    work.rename(folder)
+    def write(work: Path) -> None:
+        for name, optimizer in optimizers:
+            roles.save(name, work / name)
+            torch.save(optimizer.state_dict(), work / f"{name}_optimizer.pt")
+            for file in (work / name).iterdir():
+                file.rename(work / f"{name}.{file.name}")
+            (work / name).rmdir()
+        write_json(work / "state.json", asdict(state))
+        seal(work)
+
+    replace(section.folder / f"checkpoint-{state.iteration}", section.folder / "checkpoint.tmp", write)
     old = sorted(section.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[:-2]
     keep = {f"best-{read_json(p / 'state.json')['best_iteration']}" for p in section.folder.glob("checkpoint-*") if p not in old}
     for path in [*old, *(p for p in section.folder.glob("best-*") if p.name not in keep and p.name != f"best-{state.best_iteration}")]:
@@ -101,8 +99,8 @@ def output(section: Section, iteration: int) -> None:
 
 
 def replace(folder: Path, work: Path, write) -> None:
-    """A folder as write(work) makes it, there as a whole or not at all."""
-    for path in (work, folder):
-        shutil.rmtree(path, ignore_errors=True)
+    """A folder as write(work) makes it, there as a whole or not at all; an earlier one stays until the new one is complete."""
+    shutil.rmtree(work, ignore_errors=True)
     write(work)
+    shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)

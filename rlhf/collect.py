@@ -7,14 +7,15 @@ the unit of resume is a chunk of prompts with a seed of its own.
 import csv
 import io
 import json
-import math
 import random
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from posttrain import chat
+from posttrain.data import pick
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
 from posttrain.generate import Completion, Sampling, sample
@@ -23,7 +24,7 @@ from posttrain.runs import Section, digest, write_atomic
 from posttrain.training import choose_budget
 from reward.score import Scorer, load_scorer
 from rlhf.rejection import in_bags, through_chunks, usable
-from rlhf.rollout import Encoded, derive_seed, encode_prompts, rows_at_once
+from rlhf.rollout import Encoded, derive_seed, encode_prompts, finite, rows_at_once
 
 DRAWS = 4  # of both answers to a prompt, until they can be compared
 TO_FILL_IN = ("choice", "rating", "safety", "edited", "annotator")
@@ -48,6 +49,7 @@ def run(section: Section) -> None:
         budget = section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles[variants[0].role]))
         scorer = load_scorer(section, roles, config.helpfulness, config.safety, "auto", budget)
     encoded = encode_prompts(section, prompts, roles, config.max_prompt_tokens)
+    rows_at_once(section, roles, encoded)  # decided here, where all prompts are known
     chunks = [encoded[i:i + config.chunk] for i in range(0, len(encoded), config.chunk)]
     section.log.say(f"{len(encoded)} prompts in {len(chunks)} chunks; {variants[0].name} against {variants[1].name}")
 
@@ -64,10 +66,7 @@ def run(section: Section) -> None:
 
 def _prompts(section: Section) -> list[Prompt]:
     found = [p for name in section.config.prompts for p in section.run.data_of(name).train]
-    if section.config.rows and section.config.rows < len(found):
-        pick = random.Random(derive_seed(section.seed, section.name, "prompts")).sample(range(len(found)), section.config.rows)
-        found = [found[i] for i in sorted(pick)]
-    return found
+    return pick(found, section.config.rows, random.Random(derive_seed(section.seed, section.name, "prompts")))
 
 
 def _variants(section: Section, roles: Roles) -> list[Variant]:
@@ -97,23 +96,18 @@ def draw(section: Section, roles: Roles, variants: list[Variant], scorer: Scorer
     kept = [i for i in pairs if not pairs[i][0]["left_out"]]
     if scorer and kept:
         for name, scores in scorer([chunk[i].ids for i in kept], [[row["ids"] for row in pairs[i]] for i in kept]).items():
+            finite(section.place, f"the {name} scores are", torch.tensor(scores))
             for i, both in zip(kept, scores, strict=True):
                 for row, score in zip(pairs[i], both, strict=True):
-                    row[name] = _finite(section, f"a {name} score", score)
+                    row[name] = score
     return [row for i in range(len(chunk)) for row in pairs[i]]
 
 
 def _row(section: Section, roles: Roles, prompt: Prompt, c: Completion) -> dict:
-    _finite(section, "a log-probability", sum(c.logprobs))
+    finite(section.place, "the policy's log-probabilities are", torch.tensor(c.logprobs))
     text = chat.decode(roles.tokenizer, c.ids)
     return {"prompt": prompt.messages, "is_safety": prompt.safety, "answer": text, "ids": c.ids, "finished": c.finished,
             "spells": chat.spelled_token(roles.tokenizer, text)}
-
-
-def _finite(section: Section, what: str, x: float) -> float:
-    if not math.isfinite(x):
-        raise PosttrainError(section.place, f"{what} is {x}", "a number", "Check the models this stage loads; model.dtype: float32 may help.")
-    return x
 
 
 def no_task(answers: list[dict]) -> str | None:

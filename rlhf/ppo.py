@@ -46,6 +46,7 @@ def run(section: Section) -> None:
     roles, scorer = load_roles(section)
     policy_optimizer, critic_optimizer = optimizers(section, roles)
     prompts, watched = split_prompts(section, roles)
+    rows_at_once(section, roles, prompts + watched)  # decided here, where all prompts are known
     state = checkpoint.resume(section, roles, policy_optimizer, critic_optimizer)
     announce(section, scorer, prompts, watched)
 

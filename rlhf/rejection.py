@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from posttrain import chat
-from posttrain.config import references
-from posttrain.data import content, naming, prompt_key
+from posttrain.config import ancestors
+from posttrain.data import content, naming, pick, prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Demonstration, Prompt
 from posttrain.generate import Sampling
@@ -41,6 +41,7 @@ def run(section: Section) -> None:
     budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["policy"]))
     scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
     left = encode_prompts(section, prompts, roles, config.max_prompt_tokens)
+    rows_at_once(section, roles, left)  # decided here, where all prompts are known
     k, temperature, tried, rows = config.samples_per_prompt, config.temperature, None, []
     tries = sorted(temperature) if isinstance(temperature, list) else [temperature]
     section.log.say(f"{len(left)} prompts x {k} samples; temperature {', '.join(f'{t:g}' for t in tries)}; safety gate: {scorer.threshold_note}")
@@ -81,12 +82,7 @@ def run(section: Section) -> None:
 
 def _prompts(section: Section) -> list[Prompt]:
     found = [p for name in section.config.prompts for p in section.run.data_of(name).train]
-    if section.config.fresh:
-        found = _fresh(section, found)
-    if section.config.rows and section.config.rows < len(found):
-        pick = sorted(random.Random(section.seed).sample(range(len(found)), section.config.rows))
-        found = [found[i] for i in pick]
-    return found
+    return pick(_fresh(section, found) if section.config.fresh else found, section.config.rows, random.Random(section.seed))
 
 
 def _fresh(section: Section, found: list[Prompt]) -> list[Prompt]:
@@ -104,20 +100,14 @@ def _fresh(section: Section, found: list[Prompt]) -> list[Prompt]:
 
 def earlier_rounds(section: Section) -> list[Section]:
     """The rejection sections that this one descends from, through any reference (policy, reward models, pool), by name."""
-    found, todo = {}, references(section.config.model_dump())
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found[name] = section.parent(name)
-            todo += references(found[name].config.model_dump())
-    return [found[name] for name in sorted(found) if found[name].kind == section.kind]
+    found = [section.parent(name) for name in ancestors(section.recipe, section.config)]
+    return [s for s in found if s.kind == section.kind]
 
 
 def sweep_prompts(section: Section, encoded: list[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
     """Some of the round's prompts by lot, on which temperatures are tried, and the others."""
-    some = random.Random(derive_seed(section.seed, section.name, "sweep")).sample(
-        range(len(encoded)), min(section.config.sweep_prompts, len(encoded)))
-    return [encoded[i] for i in sorted(some)], [e for i, e in enumerate(encoded) if i not in {*some}]
+    first = {*pick(range(len(encoded)), section.config.sweep_prompts, random.Random(derive_seed(section.seed, section.name, "sweep")))}
+    return [e for i, e in enumerate(encoded) if i in first], [e for i, e in enumerate(encoded) if i not in first]
 
 
 # -- chunks ------------------------------------------------------------------------------------------------------------------------

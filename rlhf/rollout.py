@@ -95,7 +95,7 @@ class Scored:
         return out
 
 
-def _finite(place: str, name: str, x: Tensor) -> None:
+def finite(place: str, name: str, x: Tensor) -> None:
     if not torch.isfinite(x).all():
         raise PosttrainError(place, f"{name} not finite", "numbers", "Check the models this stage loads; model.dtype: float32 may help.")
 
@@ -106,8 +106,8 @@ def merge_scores(scorer: Scorer, place: str, helpfulness: Tensor, safety: Tensor
     standardize: each model's score on its own held-out mean and deviation; the gate's test stays on raw R_s. Raises on a score that is
     not finite: a NaN is not below the threshold, it would pass the gate unseen.
     """
-    _finite(place, "the helpfulness scores are", helpfulness)
-    _finite(place, "the safety scores are", safety)
+    finite(place, "the helpfulness scores are", helpfulness)
+    finite(place, "the safety scores are", safety)
     merged, by_threshold = gate.merge(safety, helpfulness, tagged, scorer.threshold)
     if standardize:
         (hm, hs), (sm, ss) = (scorer.statistics[n] for n in ("helpfulness", "safety"))
@@ -127,7 +127,7 @@ def sample_and_score(roles: Roles, role: str, scorer: Scorer, prompts: list[Enco
                      only=mine)
     seconds = max(distributed.gather(time.perf_counter() - began))
     told = torch.tensor([lp for group in answers for a in group for lp in a.logprobs])
-    _finite(role, "the policy's log-probabilities are", told)
+    finite(role, "the policy's log-probabilities are", told)
     raw = scorer([prompts[i].ids for i in mine], [[a.ids for a in group] for group in answers])
     answers = distributed.assemble(answers)
     h, s = (torch.tensor(distributed.assemble(raw[name])) for name in ("helpfulness", "safety"))

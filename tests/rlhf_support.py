@@ -76,6 +76,24 @@ def make_run(factory, folder: Path, stages: dict, seed: int = 0, overrides=()) -
     return run
 
 
+class Killed(BaseException):
+    """As a signal: no `except Exception` holds it."""
+
+
+def die(monkeypatch, owner, name: str, n: int = 1, when=lambda *args: True) -> None:
+    """owner.name raises Killed at its n-th call for which when(*args) holds, before it does anything."""
+    real, calls = getattr(owner, name), []
+
+    def dying(*args, **kwargs):
+        if when(*args):
+            calls.append(1)
+            if len(calls) == n:
+                raise Killed(name)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dying)
+
+
 def started(run: Run, name: str):
     """The section, its folder ready, as `run_sections` has it before the stage begins."""
     section = run.section(name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rlhf_support import REWARDS, make_run, started
+from rlhf_support import REWARDS, Killed, die, make_run, started
 
 from posttrain import report
 from posttrain.errors import PosttrainError
@@ -25,10 +25,6 @@ from rlhf.rejection import read_chunk
 STAGE = {"stage": "collect", "prompts": "prompts", "policies": ["@sft"], "temperatures": [0.3, 0.6], **REWARDS, "rows": 24, "chunk": 10,
          "batch": 16, "max_new_tokens": 12}
 OUTPUTS = ("tasks.jsonl", "tasks.csv", "key.jsonl")
-
-
-class Killed(BaseException):
-    """As a signal: no `except Exception` holds it."""
 
 
 @pytest.fixture(scope="module")
@@ -119,20 +115,11 @@ def test_a_spreadsheet_runs_no_answer(tmp_path):
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_run_killed_between_chunks_goes_on_to_the_same_bytes(straight, tmp_path_factory, monkeypatch, after):
     run = make_run(tmp_path_factory, tmp_path_factory.mktemp("killed"), {"week": STAGE})
-    real, made = collect.draw, []
-
-    def dying(*args):
-        if len(made) == after:
-            raise Killed
-        made.append(args[-1])
-        return real(*args)
-
-    with monkeypatch.context() as m:
-        m.setattr(collect, "draw", dying)
-        with pytest.raises(Killed):
-            collect.run(started(run, "week"))
-    assert made == list(range(after))
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        die(m, collect, "draw", after + 1)
+        collect.run(started(run, "week"))
     section = started(Run(run.recipe), "week")
+    assert sorted(p.name for p in (section.folder / "chunks").iterdir()) == [f"{i:05d}.json" for i in range(after)]
     assert section.state() == "started" and not (section.folder / "tasks.jsonl").exists()
     collect.run(section)
     assert files(section) == files(straight) and section.results() == straight.results()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rlhf_support import REWARDS, make_run, parents, recipe, started
+from rlhf_support import REWARDS, Killed, die, make_run, parents, recipe, started
 from safetensors.torch import load_file
 
 from posttrain.data import prompt_key
@@ -24,10 +24,6 @@ STAGE = {"stage": "ppo", "prompts": "prompts", "policy": "@sft", **REWARDS, "ite
          "max_new_tokens": 10, "learning_rate": 3e-3, "critic_learning_rate": 3e-3, "eval_every": 2, "eval_prompts": 6, "save_steps": 2,
          "critic_warmup": 2, "micro_batch_tokens": 256, "temperature": 0.5, "safety_threshold": 0.4, "sample_every": 2, "kl_coef": 0.05}
 CLOCK = {"time", "ppo/seconds_generate", "ppo/seconds_score", "ppo/seconds_update", "ppo/tokens_per_second", "ppo/peak_memory_gb"}
-
-
-class Killed(BaseException):
-    """As a signal: no `except Exception` holds it."""
 
 
 class Spy:
@@ -618,20 +614,6 @@ def test_the_critic_learns_and_its_warm_up_ends_when_it_explains_enough(tmp_path
 
 
 # -- kills -----------------------------------------------------------------------------------------------------------------------------
-
-
-def die(monkeypatch, owner, name: str, n: int = 1, when=lambda *args: True):
-    """owner.name raises Killed at its n-th call for which when(*args) holds, before it does anything."""
-    real, calls = getattr(owner, name), []
-
-    def dying(*args, **kwargs):
-        if when(*args):
-            calls.append(1)
-            if len(calls) == n:
-                raise Killed(name)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, dying)
 
 
 def renaming(name):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from rlhf_support import REWARDS, make_run, started
+from rlhf_support import REWARDS, Killed, make_run, started
 
 from posttrain import chat
 from posttrain.errors import PosttrainError
@@ -20,10 +20,6 @@ from rlhf.rejection import best_of_n, read_chunk, select, write_chunk
 
 STAGE = {"stage": "rejection", "prompts": "prompts", "policy": "@sft", **REWARDS, "samples_per_prompt": 4, "max_new_tokens": 12, "rows": 20,
          "chunk": 8, "batch": 16, "temperature": 0.5, "micro_batch_tokens": 512, "safety_threshold": 0.5}
-
-
-class Killed(BaseException):
-    """As a signal: no `except Exception` holds it."""
 
 
 def answer(merged: float, finished: bool = True, text: str = "x", prompt: str = "p", **more) -> dict:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rlhf_support import REWARDS, make_run, parents, recipe, started
+from rlhf_support import REWARDS, Killed, die, make_run, parents, recipe, started
 from safetensors.torch import load_file
 
 from posttrain import builtin, chat, plan, report
@@ -28,10 +28,6 @@ STAGES = {"v1_samples": SWEPT,
                  "learning_rate": 1e-3},
           "v2_samples": ROUND | {"policy": "@v1", "fresh": True},
           "pooled": ROUND | {"temperature": 0.4, "samples_per_prompt": 6, "pool": ["@v1_samples", "demonstrations"], **OTHERS}}
-
-
-class Killed(BaseException):
-    """As a signal: no `except Exception` holds it."""
 
 
 def answer(merged: float, finished: bool = True, prompt: str = "p", text: str = "x", **more) -> dict:
@@ -128,16 +124,8 @@ def test_the_sweep_by_hand(run):
 def test_a_sweep_killed_anywhere_goes_on_to_the_same_bytes(run, tmp_path_factory, monkeypatch, after):
     """Three temperatures x two chunks, then two chunks of the rest: eight chunks."""
     cut = make_run(tmp_path_factory, tmp_path_factory.mktemp("killed"), {"v1_samples": SWEPT})
-    real, made = rejection.sample_and_score, []
-
-    def dying(*args):
-        if len(made) == after:
-            raise Killed
-        made.append(args)
-        return real(*args)
-
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(rejection, "sample_and_score", dying)
+        die(m, rejection, "sample_and_score", after + 1)
         rejection.run(started(cut, "v1_samples"))
     section = started(Run(cut.recipe), "v1_samples")
     assert len(list((section.folder / "chunks").iterdir())) == after and section.state() == "started"
@@ -210,16 +198,8 @@ def test_a_pool_killed_between_chunks_goes_on_to_the_same_bytes(run, monkeypatch
     for path in sorted(section.folder.glob("pool/*"))[2:]:
         path.unlink()
     (section.folder / "DONE").unlink()
-    real, made = rejection.rescore, []
-
-    def counting(*args):
-        made.append(args)
-        if len(made) == 3:
-            raise Killed
-        return real(*args)
-
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(rejection, "rescore", counting)
+        die(m, rejection, "rescore", 3)
         rejection.run(started(Run(run.recipe), "pooled"))
     again = started(Run(run.recipe), "pooled")
     rejection.run(again)

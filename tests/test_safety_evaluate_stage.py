@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from rlhf_support import REWARDS, make_run, started
+from rlhf_support import REWARDS, Killed, make_run, started
 
 from posttrain import chat
 from posttrain.data import prompt_key
@@ -28,10 +28,6 @@ MODELS = {"sft": "@sft", "v1.0": "@reward_safety", "base": "base"}  # a reward m
 STAGE = {"stage": "evaluate", "prompts": "prompts", **REWARDS, "models": MODELS, "samples_per_prompt": 2, "temperature": 1.0, "top_p": 1.0,
          "max_new_tokens": 8, "batch": 16, "micro_batch_tokens": 512, "compare": [["v1.0", "sft"], ["v1.0", "base"], ["base", "sft"]],
          "max_sequence_kl": 0.5, "safety_threshold": 0.4}
-
-
-class Killed(BaseException):
-    """As a signal: no `except Exception` holds it."""
 
 
 def configured(**changed) -> EvaluateStage:
