@@ -59,8 +59,8 @@ def run(section: Section) -> None:
     write_outputs(section, pairs, variants)
     told = results(pairs, variants)
     section.finish(told)
-    left_out = ", ".join(f"{n} {reason}" for reason, n in told["left_out"].items())
-    section.log.say(f"{told['tasks']} tasks{f' (left out: {left_out})' if left_out else ''}. For the annotators: {section.folder / 'tasks.jsonl'} or "
+    left_out = f" (left out: {in_words(told['left_out'])})" if told["left_out"] else ""
+    section.log.say(f"{told['tasks']} tasks{left_out}. For the annotators: {section.folder / 'tasks.jsonl'} or "
                     "tasks.csv beside it, and never key.jsonl; docs/weekly-round.md says how they come back")
 
 
@@ -119,6 +119,15 @@ def no_task(answers: list[dict]) -> str | None:
     return "identical" if answers[0]["answer"] == answers[1]["answer"] else None
 
 
+def why_left_out(pairs: list[list[dict]]) -> dict[str, int]:
+    return dict(Counter(p[0]["left_out"] for p in pairs if p[0]["left_out"]))
+
+
+def in_words(reasons: dict[str, int]) -> str:
+    """'3 cut off, 1 identical'."""
+    return ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+
+
 def write_outputs(section: Section, pairs: list[list[dict]], variants: list[Variant]) -> None:
     """tasks.jsonl, the same as tasks.csv with empty columns for a spreadsheet, and key.jsonl. An id is a hash of all that its task
     shows, so that annotations of other answers cannot be taken for its own."""
@@ -136,7 +145,7 @@ def write_outputs(section: Section, pairs: list[list[dict]], variants: list[Vari
         hidden = {side: {k: row[k] for k in ("variant", "tokens", "helpfulness", "safety") if k in row} for side, row in (("a", a), ("b", b))}
         key.append({"id": name, "swapped": swapped, **hidden})
     if not tasks:
-        raise PosttrainError(section.place, f"no task from {len(pairs)} prompts ({dict(Counter(p[0]['left_out'] for p in pairs))})",
+        raise PosttrainError(section.place, f"no task from {len(pairs)} prompts ({in_words(why_left_out(pairs))})",
                              "two different finished answers", "Raise max_new_tokens or a temperature, or train the policies to end their answers.")
     table = io.StringIO()
     writer = csv.DictWriter(table, ["id", "prompt", "answer_a", "answer_b", "is_safety", *TO_FILL_IN], lineterminator="\n")
@@ -163,5 +172,5 @@ def results(pairs: list[list[dict]], variants: list[Variant]) -> dict:
         by_variant[v.name] = {"tokens": float(np.mean([len(r["ids"]) for r in rows]))} | {
             k: float(np.mean([r[k] for r in rows])) for k in ("helpfulness", "safety") if k in rows[0]}
     return {"prompts": len(pairs), "tasks": len(kept), "safety_tasks": sum(p[0]["is_safety"] for p in kept),
-            "left_out": dict(Counter(p[0]["left_out"] for p in pairs if p[0]["left_out"])), "share_left_out": 1 - len(kept) / len(pairs),
+            "left_out": why_left_out(pairs), "share_left_out": 1 - len(kept) / len(pairs),
             "drawn_again": sum(p[0]["draws"] > 1 for p in pairs), "variants": by_variant}
