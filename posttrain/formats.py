@@ -3,7 +3,7 @@
 A reader takes one row (a dict as published) and returns one item or a list of items. It raises `RowError` for a row that cannot be
 used and `Skip` for one that is no item by its makers' intent (a tie), and nothing else, whatever the row holds. Contents lose
 surrounding whitespace; columns a format does not know are kept in `meta` when they are short scalars (`chosen_model`, `category`),
-and `source` (text) and `safety` (bool) columns set the item's fields of that name.
+and `source` (text) and `safety` (bool) columns set the item's fields of that name (in a public prompt set, the set itself says them).
 """
 
 import hashlib
@@ -725,6 +725,155 @@ def oasst_demonstrations(row: dict) -> Demonstration:
     return Demonstration(turns if len(turns) % 2 == 0 else turns[:-1], **_common(row, "prompt"))
 
 
+# -- public prompt sets ----------------------------------------------------------------------------------------------------------------
+
+XSTEST_TYPES = ("homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions", "nons_group_real_discr", "real_group_nons_discr",
+                "historical_events", "privacy_public", "privacy_fictional", "contrast_homonyms", "contrast_figurative_language",
+                "contrast_safe_targets", "contrast_safe_contexts", "contrast_definitions", "contrast_discr", "contrast_historical_events",
+                "contrast_privacy")
+BOLD_DOMAINS = {  # a domain of BOLD and its groups
+    "gender": ("American_actors", "American_actresses"),
+    "race": ("Asian_Americans", "African_Americans", "European_Americans", "Hispanic_and_Latino_Americans"),
+    "religious_ideology": ("judaism", "christianity", "islam", "hinduism", "buddhism", "sikhism", "atheism"),
+    "political_ideology": ("left-wing", "right-wing", "communism", "socialism", "democracy", "liberalism", "populism", "conservatism",
+                           "nationalism", "anarchism", "capitalism", "fascism"),
+    "profession": ("metalworking_occupations", "sewing_occupations", "healthcare_occupations", "computer_occupations",
+                   "film_and_television_occupations", "artistic_occupations", "scientific_occupations", "entertainer_occupations",
+                   "dance_occupations", "nursing_specialties", "writing_occupations", "professional_driver_types", "engineering_branches",
+                   "mental_health_occupations", "theatre_personnel", "corporate_titles", "industrial_occupations",
+                   "railway_industry_occupations"),
+}
+
+
+def _asked(text: str, row: dict, *used: str, safety: bool = False, **meta: str) -> Prompt:
+    """A prompt of a public set. `safety` is what the set says of the row. Its `source` column, if any, says where the row once came from:
+    that is kept as `origin`, so that results are split by set."""
+    kept = {"origin" if k == "source" else k: v for k, v in row.items() if k not in (*used, "safety")}
+    return Prompt(_user(text), safety=safety, meta=_common(kept)["meta"] | meta)
+
+
+def _name(value, column: str) -> str:
+    """A category or group: short text."""
+    name = _text(value, column, "wrong_type")
+    if not _plain(name):
+        raise _wrong_type(column, name, "a name of at most 200 characters")
+    return name
+
+
+def xstest(row: dict) -> Prompt:
+    """XSTest's xstest_prompts.csv: {"id", "prompt", "type", "label": "safe" | "unsafe", "focus", "note"}. In xstest_v2_prompts.csv there
+    is no label, and the types of unsafe prompts begin with "contrast_". A safe prompt only `looks_like` its type; an unsafe one has it
+    as `category` and carries the safety tag."""
+    _want(row, "prompt", "type")
+    text, kind = _text(row["prompt"], "prompt", "empty_prompt"), _name(row["type"], "type")
+    if row.get("label") not in (None, ""):
+        label = _word(row["label"], "label", ("safe", "unsafe"), "unknown_label")
+    else:
+        label = "unsafe" if _word(kind, "type", XSTEST_TYPES, "unknown_label").startswith("contrast_") else "safe"
+    about = {"category" if label == "unsafe" else "looks_like": kind.removeprefix("contrast_")}
+    return _asked(text, row, "prompt", "category", "looks_like", safety=label == "unsafe", label=label, **about)
+
+
+def strongreject(row: dict) -> Prompt:
+    """StrongREJECT's strongreject_dataset.csv: {"category", "source", "forbidden_prompt"}."""
+    _want(row, "forbidden_prompt", "category")
+    return _asked(_text(row["forbidden_prompt"], "forbidden_prompt", "empty_prompt"), row, "forbidden_prompt", safety=True,
+                  category=_name(row["category"], "category"))
+
+
+def harmbench(row: dict) -> Prompt:
+    """HarmBench's harmbench_behaviors_text_*.csv: {"Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString",
+    "BehaviorID"}. A context stands before the behaviour, as in its DirectRequest baseline."""
+    _want(row, "Behavior", "SemanticCategory")
+    parts = [_text(row["ContextString"], "ContextString", None)] if row.get("ContextString") is not None else []
+    parts.append(_text(row["Behavior"], "Behavior", "empty_prompt"))
+    return _asked("\n\n---\n\n".join(p for p in parts if p), row, "Behavior", "ContextString", "SemanticCategory", safety=True,
+                  category=_name(row["SemanticCategory"], "SemanticCategory"))
+
+
+def advbench(row: dict) -> Prompt:
+    """AdvBench's harmful_behaviors.csv: {"goal", "target"}. The target, the beginning of an unsafe answer, is not used."""
+    _want(row, "goal", "target")
+    _text(row["target"], "target", "empty_answer")
+    return _asked(_text(row["goal"], "goal", "empty_prompt"), row, "goal", "target", safety=True)
+
+
+def do_not_answer(row: dict) -> Prompt:
+    """LibrAI/do-not-answer: {"id", "risk_area", "types_of_harm", "specific_harms", "question", ...}. The risk area is the category."""
+    _want(row, "question", "risk_area")
+    return _asked(_text(row["question"], "question", "empty_prompt"), row, "question", "risk_area", safety=True,
+                  category=_name(row["risk_area"], "risk_area"))
+
+
+def toxigen(row: dict) -> Prompt:
+    """ToxiGen in three layouts: toxigen/toxigen-data, name train ({"prompt", "group", "prompt_label": 0 | 1, ...}) and name annotated
+    ({"text", "target_group", "toxicity_ai", "toxicity_human", ...}: toxic where the two sum to more than 5.5, as its authors count), and
+    toxiGen.json of microsoft/SafeNLP, the revised set that the paper uses ({"text", "target_groups": [...], "label": "hate" | "neutral"}).
+
+    A statement, or a list of them to go on with, about a `group` (several: parted by commas). Toxic ones carry the safety tag. A line
+    break is published as backslash and n, or as _x000D_."""
+    _want(row)
+    column = "text" if "text" in row and "prompt_label" not in row else "prompt"
+    _want(row, column)
+    if column == "prompt":
+        _want(row, "group", "prompt_label")
+        groups, toxic = [row["group"]], _one_of(row, "prompt_label", (0, 1)) == 1
+    else:
+        groups = row["target_groups"] if isinstance(row.get("target_groups"), list) else [row.get("target_group")]
+        if row.get("label") not in (None, ""):
+            toxic = _word(row["label"], "label", ("hate", "neutral"), "unknown_label") == "hate"
+        else:
+            _want(row, "toxicity_ai", "toxicity_human")
+            toxic = _needed(row["toxicity_ai"], "toxicity_ai") + _needed(row["toxicity_human"], "toxicity_human") > 5.5
+    text = row[column].replace("\\n", "\n").replace("_x000D_", "\n") if isinstance(row[column], str) else row[column]
+    group = _name(",".join(_name(g, "group") for g in groups), "group")
+    return _asked(_text(text, column, "empty_prompt"), row, column, "generation", "target_group", safety=toxic, group=group,
+                  label="hate" if toxic else "neutral")
+
+
+def bold(row: dict) -> Prompt | list[Prompt]:
+    """BOLD, beginnings of sentences to go on with: {"domain", "group", "name", "prompt"}, or AlexaAI/bold on the hub ({"domain", "name",
+    "category": its group, "prompts": [...]}), or as published, one file a domain: {group: {name: [prompt, ...]}}, which is one row.
+
+    Of a list's prompts the empty ones (five as published) are left out."""
+    _want(row)
+    if row and all(isinstance(names, dict) for names in row.values()):
+        lists = [(_bold_domain(group), group, name, prompts) for group, names in row.items() for name, prompts in names.items()]
+    elif "prompts" in row:
+        _want(row, "domain", "category", "name")
+        lists = [(row["domain"], row["category"], row["name"], row["prompts"])]
+    else:
+        _want(row, "domain", "group", "name", "prompt")
+        names = {column: _name(row[column], column) for column in ("domain", "group", "name")}
+        return _asked(_text(row["prompt"], "prompt", "empty_prompt"), row, "prompt", **names)
+    items = [item for four in lists for item in _bold_list(*four)]
+    if not items:
+        raise RowError("empty_prompt", "no list holds a prompt", "some text", "Remove the row or fill it in")
+    return items
+
+
+def _bold_domain(group) -> str:
+    return next((domain for domain, groups in BOLD_DOMAINS.items() if group in groups), "unknown")
+
+
+def _bold_list(domain, group, name, prompts) -> list[Prompt]:
+    names = {"domain": _name(domain, "domain"), "group": _name(group, "group"), "name": _name(name, "name")}
+    if not isinstance(prompts, list):
+        raise _wrong_type(f"{group}.{name}", prompts, "a list of prompts")
+    texts = [_text(prompt, f"{group}.{name}[{i}]", None) for i, prompt in enumerate(prompts)]
+    return [_asked(text, {}, **names) for text in texts if text]
+
+
+def truthfulqa(row: dict) -> Prompt:
+    """TruthfulQA.csv ({"Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source"}) and
+    truthfulqa/truthful_qa on the hub, name generation, with the same names in small letters."""
+    _want(row)
+    row = {key.lower().replace(" ", "_") if isinstance(key, str) else key: value for key, value in row.items()}
+    _want(row, "question", "category", "best_answer")
+    _text(row["best_answer"], "best_answer", "empty_answer")
+    return _asked(_text(row["question"], "question", "empty_prompt"), row, "question", category=_name(row["category"], "category"))
+
+
 # -- annotations (no data set by themselves: rlhf/annotations.py joins them with their tasks) -------------------------------------------
 
 
@@ -766,4 +915,12 @@ FORMATS: dict[str, Format] = {
     "synthetic_gptj": Format("pair", synthetic_gptj, ("prompt", "chosen", "rejected")),
     "oasst": Format("pair", oasst, ("message_tree_id", "prompt")),
     "oasst_demonstrations": Format("demonstration", oasst_demonstrations, ("message_tree_id", "prompt")),
+    "xstest": Format("prompt", xstest, ("prompt", "type", "focus", "note")),
+    "strongreject": Format("prompt", strongreject, ("category", "forbidden_prompt")),
+    "harmbench": Format("prompt", harmbench, ("Behavior", "SemanticCategory")),
+    "advbench": Format("prompt", advbench, ("goal", "target")),
+    "do_not_answer": Format("prompt", do_not_answer, ("risk_area", "question")),
+    "toxigen": Format("prompt", toxigen, ("prompt", "group", "prompt_label")),
+    "bold": Format("prompt", bold, ("domain", "group", "name", "prompt")),
+    "truthfulqa": Format("prompt", truthfulqa, ("Category", "Question", "Best Answer")),
 }
