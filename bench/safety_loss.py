@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lora-r", type=int, default=None, help="default: the demo's")
     p.add_argument("--folds", type=int, default=5)
     p.add_argument("--pairs", type=int, default=None, help="safety pairs to use; default: all")
+    p.add_argument("--epochs", type=float, default=None, help="default: the demo's")
     p.add_argument("--max-length", type=int, default=None, help="default: the demo's")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--threads", type=int, default=None)
@@ -90,7 +91,8 @@ def plan(args) -> tuple[dict, list[Unit]]:
     model.dtype = choose_dtype(model)
     tokenizer = load_tokenizer(model, "bench")
     stage = {**config.model_dump(exclude_unset=True, exclude={"stage", "safety_loss_weight", "model", "own", "other", "drift"}),
-             "own_share": config.own_share, "max_length": args.max_length or config.max_length, "micro_batch_tokens": 2048, "save_steps": 20}
+             "own_share": config.own_share, "max_length": args.max_length or config.max_length, "epochs": args.epochs or config.epochs,
+             "micro_batch_tokens": 2048, "save_steps": 20}
     own, other = ([p for name in names for entry in demo.data_sets[name] for p in load_entry(entry, RECIPE.parent, demo.run.seed, name).items]
                   for names in (config.own, config.other))
     labelled = load_pairs(real_data(args.data) / "safety_labelled_pairs.jsonl.gz", "preference")
@@ -188,10 +190,10 @@ def render(result: dict) -> str:
     s, held, real = result["settings"], result["held_out"], result["labelled"]
     names = {"without": "without the safety loss", "with": "with it"}
     parts = [f"# The safety loss, {s['folds']}-fold cross-validation over the demo's safety pairs\n\n{s['model']}, {s['dtype']}, LoRA r {s['lora']['r']}, "
-             f"started from {'the base' if s['start'] == 'base' else 'an SFT adapter'}; batch {s['stage']['batch_size']}, rate "
-             f"{s['stage']['learning_rate']:g}, own share {s['stage']['own_share']}, weight {s['weight']:g}, seed {s['seed']}. {held['with']['pairs']} pairs, "
-             f"{held['with']['answers']} labelled answers, each judged by the model that did not train on its fold. Intervals: 95 %, bootstrap over "
-             f"prompts, all folds pooled. Too long: "
+             f"started from {'the base' if s['start'] == 'base' else 'an SFT adapter'}; {s['stage']['epochs']:g} epoch(s), batch "
+             f"{s['stage']['batch_size']}, rate {s['stage']['learning_rate']:g}, own share {s['stage']['own_share']}, weight {s['weight']:g}, "
+             f"seed {s['seed']}. {held['with']['pairs']} pairs, {held['with']['answers']} labelled answers, each judged by the model that did not "
+             f"train on its fold. Intervals: 95 %, bootstrap over prompts, all folds pooled. Too long: "
              f"{', '.join(f'{k} {v}' for k, v in s['too_long'].items())}.\n"]
     head = ["", "unsafe recall at 0.5", "safe answers called unsafe", "AUC, mean of the models", "pair accuracy"]
 
