@@ -1,6 +1,6 @@
 """Attention for short sequences on a CPU, registered with transformers as 'short_cpu'.
 
-torch's CPU flash kernel is built for long sequences: at 64 to 700 bf16 tokens its backward pass costs more than the matrix products
+torch's CPU flash kernel is built for long sequences: at 64 to 2,048 bf16 tokens its backward pass costs more than the matrix products
 it saves. Here the scores are made outright, block of rows by block of rows, so that what the causal mask hides is hardly ever computed:
 float32 scores and softmax, probabilities in the input's dtype, the query heads of one key/value head side by side in one product (so
 grouped keys are never repeated). In a tree, a later answer's rows meet the prompt's keys and their own, never the other answers'. The
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 NAME = "short_cpu"
-LONGEST = 1024  # tokens; scores of a block are B * heads * BLOCK * T floats
+LONGEST = 2048  # tokens; scores of a block are B * heads * BLOCK * T floats
 BLOCK = 128  # rows whose scores are made at once
 APART = 192  # tokens from which a batch's trees are taken one by one; shorter ones together, under their mask
 
