@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_serializer
+from pydantic_core import PydanticCustomError
 
 from posttrain.errors import PosttrainError
 from posttrain.stages import STAGES, load_config_class
@@ -30,6 +31,7 @@ DataNames = Annotated[list[str], BeforeValidator(_as_list), Field(json_schema_ex
 """One or more names of the `data` section, or `@section` references whose output is a data set."""
 ModelRef = Annotated[str, Field(json_schema_extra={"refers_to": "model"})]
 """`base` (the recipe's model), an `@section` reference, a local folder or a hub name."""
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$")]  # names a file of answers
 
 
 class RunConfig(Strict):
@@ -88,6 +90,32 @@ class HeldOut(Strict):
 
 class StageConfig(Strict):
     stage: str
+
+
+class AnsweringConfig(StageConfig):
+    """What every stage that samples answers shares."""
+
+    engine: Literal["ours", "vllm"] = Field("ours", description="what samples: our own loop, or vLLM where it is installed (extra [vllm])")
+
+    @model_serializer(mode="wrap")
+    def _used_keys(self, dump):
+        """Without the engine where it is ours: such a section keeps the fingerprint it had before there was a choice."""
+        return {k: v for k, v in dump(self).items() if (k, v) != ("engine", "ours")}
+
+
+class ComparisonConfig(AnsweringConfig):
+    """What the stages share that put several models side by side."""
+
+    models: Annotated[dict[Label, str], Field(min_length=1, json_schema_extra={"refers_to": "model"})]
+    compare: list[list[str]] = Field([], description="pairs [after, before] whose paired differences are reported")
+
+    @field_validator("compare")
+    @classmethod
+    def _of_these_models(cls, pairs: list[list[str]], info: ValidationInfo) -> list[list[str]]:
+        known = info.data.get("models", {})
+        if any(len(pair) != 2 or not set(pair) <= set(known) for pair in pairs):
+            raise PydanticCustomError("compare", "Pairs [after, before] of the section's models: {known}", {"known": ", ".join(known)})
+        return pairs
 
 
 class TrainingConfig(StageConfig):
@@ -272,8 +300,8 @@ def _refuse(error: ValidationError, place: str, model: type[BaseModel], prefix: 
         raise PosttrainError(f"{place}: {key}", "unknown key", f"one of the known keys of {owner.__name__}", _suggest(loc[-1], options))
     if first["type"] == "missing":
         raise PosttrainError(f"{place}: {key}", "missing", "a value", "Add this key; recipes/ shows examples.")
-    got = first.get("input")
-    raise PosttrainError(f"{place}: {key}", f"got {got!r}", first["msg"][:1].lower() + first["msg"][1:], "Change this value.")
+    got = "a value that is not shown" if first["type"] == "hidden" else repr(first.get("input"))  # it may hold a key
+    raise PosttrainError(f"{place}: {key}", f"got {got}", first["msg"][:1].lower() + first["msg"][1:], "Change this value.")
 
 
 def _stage_config(name: str, raw: dict, place: str) -> StageConfig:

@@ -4,17 +4,21 @@
 gloo on CPUs). Models stay unwrapped, without DistributedDataParallel: losses are divided by counts over all processes, so the
 gradient of a step is the plain sum of the processes' gradients, which `add_gradients` takes in flat buffers just before the clip. Every process then
 makes the same step from the same numbers, and `agree` checks it. All processes read one run folder; the main one alone writes.
+Work in chunks on disk is shared otherwise: `turns` hands whole chunks to whoever is free, and each is made `alone`.
 Light: imports torch and accelerate only where there is more than one process.
 """
 
 import atexit
 import os
+import secrets
+from contextlib import contextmanager
 from datetime import timedelta
 
 from posttrain.errors import PosttrainError
 
 FLAT = 1 << 26  # numbers in a buffer of gradients
 PATIENCE = timedelta(hours=2)  # what one process waits for another
+_alone = False
 
 
 def _from_launcher(key: str, default: int) -> int:
@@ -22,16 +26,28 @@ def _from_launcher(key: str, default: int) -> int:
 
 
 def rank() -> int:
-    return _from_launcher("RANK", 0)
+    return 0 if _alone else _from_launcher("RANK", 0)
 
 
 def world() -> int:
     """The number of processes."""
-    return _from_launcher("WORLD_SIZE", 1)
+    return 1 if _alone else _from_launcher("WORLD_SIZE", 1)
 
 
 def on_this_machine() -> int:
-    return _from_launcher("LOCAL_WORLD_SIZE", world())
+    """The number of processes that share this machine's cores and memory, also while one works alone."""
+    return _from_launcher("LOCAL_WORLD_SIZE", _from_launcher("WORLD_SIZE", 1))
+
+
+@contextmanager
+def alone():
+    """What happens inside is this process's own work, done and written as if it were the only one: nothing is shared, exchanged or awaited."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def is_main() -> bool:
@@ -48,11 +64,22 @@ def join() -> None:
         atexit.register(state.destroy_process_group)  # gloo's threads must end before the process, or it is aborted at its end
 
 
+@contextmanager
+def _exchange():
+    """Where another process has ended, the libraries say so each in its own way, and its own message is easily lost among theirs."""
+    try:
+        yield
+    except RuntimeError as e:  # gloo's; those of torch.distributed are its subclasses
+        raise PosttrainError(f"process {rank()} of {world()}", f"no answer from the others ({str(e).split('. ')[0]})", "every process at work",
+                             "One of them has ended: look for its message. The same command goes on from here.") from e
+
+
 def wait() -> None:
     if world() > 1:
         from accelerate import PartialState
 
-        PartialState().wait_for_everyone()
+        with _exchange():
+            PartialState().wait_for_everyone()
 
 
 def from_main(make):
@@ -61,7 +88,9 @@ def from_main(make):
         return make()
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([make() if is_main() else None])[0]
+    made = [make() if is_main() else None]
+    with _exchange():
+        return broadcast_object_list(made)[0]
 
 
 def gather(value) -> list:
@@ -70,7 +99,8 @@ def gather(value) -> list:
         return [value]
     from accelerate.utils import gather_object
 
-    return gather_object([value])
+    with _exchange():
+        return gather_object([value])
 
 
 def share(n: int) -> list[int]:
@@ -87,6 +117,31 @@ def assemble(mine: list) -> list:
     return out
 
 
+class Count:
+    """A number that all processes add to and read while none waits for another. They make it together; shared: False, each has its own."""
+
+    def __init__(self, shared: bool = True):
+        self.total, self.store = 0, None
+        if shared and world() > 1:
+            from torch.distributed.distributed_c10d import _get_default_store  # the one that joined the processes; torch has no public name for it
+
+            # a key of its own: where the launcher starts the processes again, the store still holds the earlier ones' counts
+            self.store, self.key = _get_default_store(), from_main(lambda: f"posttrain/count/{secrets.token_hex(8)}")
+
+    def add(self, n: int) -> int:
+        """The total, of all processes so far, after n more."""
+        with _exchange():
+            self.total = self.store.add(self.key, n) if self.store else self.total + n
+        return self.total
+
+
+def turns(things: list):
+    """Each thing to one process, the next one to whoever is free first. All processes call it with the same things."""
+    taken = Count()
+    while (i := taken.add(1) - 1) < len(things):
+        yield things[i]
+
+
 def add_numbers(numbers: dict[str, float]) -> dict[str, float]:
     """Sums over all processes, key by key; the same keys everywhere."""
     parts = gather(numbers)
@@ -98,8 +153,9 @@ def add(*tensors) -> None:
     if world() > 1:
         import torch
 
-        for x in tensors:
-            torch.distributed.all_reduce(x)
+        with _exchange():
+            for x in tensors:
+                torch.distributed.all_reduce(x)
 
 
 def add_gradients(parameters: list) -> None:
@@ -109,12 +165,12 @@ def add_gradients(parameters: list) -> None:
     import torch
 
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
-    torch.distributed.all_reduce(used, torch.distributed.ReduceOp.MAX)
+    add(used)
     group, size = [], 0
     for p in [p for p, on in zip(parameters, used.tolist(), strict=True) if on] + [None]:
         if group and (p is None or size + p.numel() > FLAT):
             flat = torch.cat([(torch.zeros_like(q) if q.grad is None else q.grad).flatten() for q in group])
-            torch.distributed.all_reduce(flat)
+            add(flat)
             for q, g in zip(group, flat.split([q.numel() for q in group]), strict=True):
                 q.grad = g.view_as(q).to(q.dtype)
             group, size = [], 0

@@ -1,4 +1,4 @@
-"""Prompts -> completions with log-probabilities: our own decoding loop over the transformers model.
+"""Prompts -> completions with log-probabilities: our own decoding loop over the transformers model (or vLLM's: vllm_engine.py).
 
 One prefill per prompt, shared by its K samples; key/value memory with a fixed row per running sample; finished rows retire, the
 queue refills them, and the batch shrinks when the queue is empty. Every sample draws its uniforms from its own place in a table
@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import Cache
 
 from posttrain import distributed
+from posttrain.errors import PosttrainError
 from posttrain.models import Roles
 from posttrain.shape import shape_of
 
 CANDIDATES = 512  # top-p looks at this many tokens first; more only if they hold less than top_p
+KV_SHARE = 0.5  # of free memory for keys and values; the rest is for activations, logits and a merged copy of the policy
 
 
 @dataclass(frozen=True)
@@ -93,20 +95,42 @@ def row_bytes(roles: Roles, width: int) -> int:
     return width * shape_of(model.to_dict()).kv(roles.dtype.itemsize)
 
 
+def rows_at_once(section, roles: Roles, longest: int) -> int:
+    """Samples decoded side by side, of prompts of at most `longest` tokens: the recipe's `batch`, or as many as keep their keys and values in
+    half of the free memory. Decided at the section's first sampling and kept in its manifest: the batch schedule of a chunk is the same after a
+    resume, whatever is free then."""
+    def choose() -> int:
+        wanted, width = section.config.batch, longest + section.config.max_new_tokens
+        each, free = row_bytes(roles, width), free_memory(roles)
+        fit = int(free * KV_SHARE / each)
+        if fit < 1:
+            raise PosttrainError(f"{section.place}.max_new_tokens", f"the keys and values of one sample of {width} tokens take {each / 1e9:.1f} GB, and "
+                                 f"{free / 1e9:.1f} GB are free", "half of the free memory to hold one", "Lower max_new_tokens or max_prompt_tokens.")
+        if fit < wanted:
+            section.log.say(f"note: {fit} samples side by side instead of batch {wanted}: keys and values take {each / 1e6:.1f} MB a sample of up to "
+                            f"{width} tokens, and {free / 1e9:.1f} GB are free")
+        return min(wanted, fit)
+
+    return section.decide("rows_at_once", choose)
+
+
 def sample(roles: Roles, role: str, prompts: list[list[int]], samples: int, sampling: Sampling, seed: int, *, stop: int,
            batch: int = 64, tick=None, only: list[int] | None = None) -> list[list[Completion]]:
     """Draw `samples` completions of every prompt. prompts: token ids that end where the answer begins; stop: end-of-turn id;
     batch: rows in flight; tick(tokens): called as tokens are made; only: numbers of the prompts to answer here, each with the randomness it
     has among all. Returns one list of `samples` completions per prompt answered.
     """
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs at least one token")
+    only = range(len(prompts)) if only is None else only
+    if roles.engine is not None:
+        return roles.engine.sample(roles, role, prompts, samples, sampling, seed, stop=stop, batch=batch, tick=tick, only=only)
     with torch.inference_mode():
-        return _Loop(roles, role, prompts, samples, sampling, seed, stop, batch, tick, range(len(prompts)) if only is None else only).run()
+        return _Loop(roles, role, prompts, samples, sampling, seed, stop, batch, tick, only).run()
 
 
 class _Loop:
     def __init__(self, roles, role, prompts, samples, sampling, seed, stop, batch, tick, only):
-        if not prompts or not all(prompts):
-            raise ValueError("every prompt needs at least one token")
         self.roles, self.role, self.prompts, self.sampling, self.stop, self.tick = roles, role, prompts, sampling, stop, tick
         self.device, self.body, self.weight = roles.device, roles.decoder(role), roles.vocabulary(role)
         self.queue = [(p, s) for p in sorted(only, key=lambda i: (len(prompts[i]), i)) for s in range(samples)]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from posttrain import distributed
 
@@ -91,23 +91,26 @@ class Log:
     def say(self, text: str) -> None:
         say(f"  {text}")
 
-    def progress(self, total: int, what: str, unit: str = "step", done: int = 0) -> "Ticker":
-        return Ticker(total, f"{self.name}: {what}", unit, done)
+    def progress(self, total: int, what: str, unit: str = "step", done: int = 0, together: bool = False) -> "Ticker":
+        return Ticker(total, f"{self.name}: {what}", unit, done, together=together)
 
 
 class Ticker:
-    """Progress of long work: a live bar on a terminal, a plain line every few seconds elsewhere. Use as a context manager."""
+    """Progress of long work: a live bar on a terminal, a plain line every few seconds elsewhere. Use as a context manager.
 
-    def __init__(self, total: int, what: str, unit: str, done: int = 0, every: float = 15.0):
-        self.total, self.what, self.unit, self.done, self.every = max(total, 1), what, unit, done, every
-        self.start = self.last = time.time()
-        self.first = done
+    together: several processes share the work, each tells its own part, and all of it is shown.
+    """
+
+    def __init__(self, total: int, what: str, unit: str, done: int = 0, every: float = 15.0, together: bool = False):
+        self.total, self.what, self.unit, self.first, self.every = max(total, 1), what, unit, done, every
+        self.steps, self.tokens = distributed.Count(together), distributed.Count(together)
+        self.start = self.last = self.told = time.time()
+        self.untold, self.note = 0, ""
         self.bar = None
-        if _console.is_terminal:
-            self.bar = Progress(TextColumn("  {task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(),
-                                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                                console=_console, transient=True)
-            self.task = self.bar.add_task(what, total=self.total, completed=done, note="")
+        if _console.is_terminal:  # rich's own estimate looks back 30 seconds: it has none where a step takes longer
+            self.bar = Progress(TextColumn("  {task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn(),
+                                TextColumn("{task.fields[left]} left  {task.fields[note]}"), console=_console, transient=True)
+            self.task = self.bar.add_task(what, total=self.total, completed=done, left="?", note="")
 
     def __enter__(self):
         if self.bar:
@@ -118,17 +121,36 @@ class Ticker:
         if self.bar:
             self.bar.stop()
         if kind is None:
-            took = time.time() - self.start
-            say(f"  {self.what}: {self.done} {self.unit}s in {duration(took)}")
+            done, took = self._done(), time.time() - self.start
+            say(f"  {', '.join([f'{self.what}: {done} {self.unit}s in {duration(took)}', *self._rate(took)])}")
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        self.done += n
+        """n units more are done. note: what to say of them."""
+        self.steps.add(n)
+        self.note = note
+        self._show()
+
+    def made(self, tokens: int) -> None:
+        """That many tokens more, as a unit is being made: for the tokens per second."""
+        self.untold += tokens
+        if time.time() - self.told >= 1:
+            self._show()
+
+    def _done(self) -> int:
+        return self.first + self.steps.add(0)
+
+    def _rate(self, seconds: float) -> list[str]:
+        """'812 tokens/s', where tokens are told."""
+        made, self.untold = self.tokens.add(self.untold), 0
+        return [f"{made / max(seconds, 1e-9):,.0f} tokens/s"] if made else []
+
+    def _show(self) -> None:
+        now, done = time.time(), self._done()
+        self.told = now
+        notes = [*self._rate(now - self.start), *([self.note] if self.note else [])]
+        left = duration((self.total - done) * (now - self.start) / (done - self.first)) if done > self.first else "?"
         if self.bar:
-            self.bar.update(self.task, completed=self.done, note=note)
-            return
-        now = time.time()
-        if now - self.last >= self.every and self.done < self.total:
+            self.bar.update(self.task, completed=done, left=left, note=", ".join(notes))
+        elif now - self.last >= self.every and done < self.total:
             self.last = now
-            rate = (self.done - self.first) / max(now - self.start, 1e-9)
-            left = duration((self.total - self.done) / rate) if rate else "?"
-            say(f"  {self.what}: {self.done}/{self.total} {self.unit}s, {left} left{', ' + note if note else ''}")
+            say(f"  {', '.join([f'{self.what}: {done}/{self.total} {self.unit}s, {left} left', *notes])}")

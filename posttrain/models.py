@@ -246,6 +246,7 @@ class Roles:
     base: nn.Module | None = None
     pointer: list = field(default_factory=lambda: [None])
     merged: tuple | None = None  # (which role with which weights, its merged copy for decoding)
+    engine: object = None  # what samples in the place of generate.py's loop (vllm_engine.VLLM)
 
     def __post_init__(self):
         self.tokenizer = self.tokenizer or load_tokenizer(self.config, self.place)
@@ -453,11 +454,15 @@ class Roles:
         role = self.use(name)
         if not decoder.worth_it(role, self.config.quantization):
             return role.body
-        adapter = [p.detach() for n, p in role.net.named_parameters() if f".{role.adapter}." in n]
-        stamp = (name, torch.stack([p.norm() for p in adapter]).tolist())  # a version counter does not see fused optimizers and .data
+        stamp = (name, self.stamp(name))
         if self.merged is None or self.merged[0] != stamp:
             self.merged = (stamp, decoder.merged_body(role, self.merged[1] if self.merged else None))
         return self.merged[1]
+
+    def stamp(self, name: str) -> list[float]:
+        """Numbers that change with the weights of a role's adapter. A version counter does not see fused optimizers and .data."""
+        role = self.roles[name]
+        return torch.stack([p.detach().norm() for n, p in role.net.named_parameters() if f".{role.adapter}." in n]).tolist()
 
     def hidden(self, name: str, batch: MicroBatch) -> Tensor:
         """Last hidden states (B*T, d) of a micro-batch under a role."""
@@ -542,9 +547,14 @@ def source_of(section, ref: str) -> Path | None:
 
 
 def roles_for(section) -> Roles:
-    """The Roles of a section, with dtype and threads decided once and kept in its manifest."""
+    """The Roles of a section, with dtype and threads decided once and kept in its manifest, and the engine that the section samples with."""
     config = section.recipe.model
     dtype = section.decide("dtype", lambda: choose_dtype(config, full=True))
     section.decide("threads", lambda: set_threads(section.recipe.run.threads))
     set_threads(section.manifest["decisions"]["threads"])
-    return Roles(config, getattr(torch, dtype), section.recipe.path)
+    roles = Roles(config, getattr(torch, dtype), section.recipe.path)
+    if getattr(section.config, "engine", "ours") == "vllm":
+        from posttrain import vllm_engine
+
+        roles.engine = vllm_engine.VLLM(section, roles.dtype)
+    return roles

@@ -20,7 +20,7 @@ from posttrain.errors import PosttrainError
 from posttrain.formats import FORMATS
 from posttrain.shape import read_shape
 
-TOKENS_PER_WORD, TEMPLATE_TOKENS = 1.35, 32
+TOKENS_PER_WORD, TEMPLATE_TOKENS, OPENING_TOKENS = 1.35, 32, 35  # of a red team's opening, without the request
 PAPER_BATCH = {"sft": 64, "reward": 512}
 FEWEST_STEPS, FEWEST_WARMUP = 50, 5
 RESERVE = 1.0e9  # bytes of a GPU that its driver and the allocator keep
@@ -197,15 +197,19 @@ class Planner:
         return total([self.made(n[1:]) if n.startswith("@") else self.data.train(n) for n in names or []])
 
     def made(self, name: str) -> Count:
-        """What a section that samples answers hands on: at most one a prompt, as long as allowed. With a pool, the prompts of the pooled
-        rounds count too: beside its own where those are fresh, else they are taken for the same ones. Of annotators' tasks: a pair each."""
+        """What a section that samples answers hands on: at most one a prompt (distillation: one a sample), as long as allowed. With a pool, the
+        prompts of the pooled rounds count too: beside its own where those are fresh, else they are taken for the same ones. Of annotators'
+        tasks: a pair each."""
         config = self.recipe.stages[name]
+        if config.stage == "redteam":  # a prompt for every attack on every model at most
+            return self.attacks(config)._replace(rows=config.budget * len(config.models), rows_are="estimated", longest=math.inf)
         if config.stage == "annotations":  # a pair has two answers
             made = self.made(config.tasks[1:])
             return made._replace(tokens=made.tokens + self.recipe.stages[config.tasks[1:]].max_new_tokens)
-        own = self.prompts(config)
+        own = self.instructed(config) if config.stage == "gatt" else self.prompts(config)
         pooled = [self.pooled(n)[0].rows for n in getattr(config, "pool", [])]
         rows = own.rows + sum(pooled) if getattr(config, "fresh", False) else max([own.rows, *pooled])
+        rows *= config.samples_per_prompt if config.stage == "distill" else 1
         return Count(rows, own.tokens + config.max_new_tokens, weakest(own.rows_are, "estimated"), "estimated")
 
     def pooled(self, name: str) -> tuple[Count, int]:
@@ -222,12 +226,33 @@ class Planner:
         return (len(config.temperature) - 1) * min(config.sweep_prompts, rows) if isinstance(config.temperature, list) else 0
 
     def prompts(self, config) -> Count:
-        """A fresh round's: without those that the rejection sections it descends from sample."""
-        count = self.train(config.prompts)
+        """A fresh round's: without those that the rejection sections it descends from sample. A distillation's or red team's: the adversarial ones."""
+        count = self.adversarial(config.prompts) if config.stage in ("distill", "redteam") else self.train(config.prompts)
         if getattr(config, "fresh", False):
             used = sum(self.prompts(c).rows for c in self.earlier_rounds(config) if {*c.prompts} & {*config.prompts})
             count = count._replace(rows=max(count.rows - used, 0), rows_are=weakest(count.rows_are, "estimated") if used else count.rows_are)
         return count._replace(rows=min(count.rows, getattr(config, "rows", None) or count.rows))
+
+    def adversarial(self, names: list[str]) -> Count:
+        """The prompts of data sets that are tagged; all of them where the rows are not here."""
+        if not self.data.split or any(n.startswith("@") for n in names):
+            return self.train(names)._replace(rows_are="estimated")
+        return count_items([p for n in names for p in self.data.split(n).train if p.safety])
+
+    def dialogues(self, config) -> Count:
+        """Ghost Attention's dialogues: without a system text, and of several user turns unless the stage joins them to `turns`; all where the rows
+        are not here."""
+        if not self.data.split or any(n.startswith("@") for n in config.data):
+            return self.train(config.data)._replace(rows_are="estimated")
+        roles = [(i, [m["role"] for m in i.messages]) for n in config.data for i in self.data.split(n).train]
+        return count_items([i for i, r in roles if "system" not in r and (config.turns or r.count("user") > 1)])
+
+    def instructed(self, config) -> Count:
+        """Rows that Ghost Attention samples, and their mean tokens: the dialogue, which joining makes longer, and the instruction."""
+        count = self.dialogues(config)
+        longer = sum(config.turns) / 2 if config.turns else 1.0  # as if every dialogue had one turn
+        return count._replace(rows=min(count.rows, config.rows or count.rows) * config.instructions_per_dialogue, tokens=count.tokens * longer + 20,
+                              longest=math.inf if config.turns or config.context == "resampled" else count.longest + 100, tokens_are="estimated")
 
     def earlier_rounds(self, config) -> list:
         """The rejection sections that a section descends from (as rlhf.rejection)."""
@@ -308,6 +333,42 @@ class Planner:
             row["warnings"].append("no fresh prompt is left: add prompts, or give the earlier rounds fewer rows")
         return row | {"note": note}
 
+    def distill(self, config) -> dict:
+        prompts, k = self.prompts(config), config.samples_per_prompt
+        row = self.sampling(config, prompts, prompts.rows * k * 3, 2, 3, 0)
+        return row | {"note": f"at most {prompts.rows:,} adversarial prompts x {k} samples without a preprompt, with a generic one and with an answer "
+                              f"template, scored by two models; answers at most {config.max_new_tokens} tokens"}
+
+    def attacks(self, config) -> Count:
+        """A red team's openings, and about how long its dialogues are: half way through their turns."""
+        count = self.prompts(config)
+        tokens = min(count.tokens + OPENING_TOKENS + config.max_new_tokens * (config.turns - 1) / 2, config.max_prompt_tokens)
+        return Count(config.budget, tokens, "counted", "estimated", math.inf if config.turns > 1 or config.attacker else count.longest + 100)
+
+    def redteam(self, config) -> dict:
+        """As if no attack succeeded: then every turn and every rewrite is sent."""
+        attacks, models, tries = self.attacks(config), len(config.models), 1 + (config.rewrites if config.attacker else 0)
+        row = self.sampling(config, attacks, attacks.rows * models * tries * config.turns, 2, models + 2 + bool(config.attacker), 0)
+        row["labels"]["samples"] = "estimated"
+        rewrites = f", and as many for each of {config.rewrites} rewrites" if config.attacker else ""
+        return row | {"note": f"{models} models x {config.budget:,} attacks of at most {config.turns} messages{rewrites}; answers at most "
+                              f"{config.max_new_tokens} tokens"}
+
+    def gatt(self, config) -> dict:
+        rows, k = self.instructed(config), config.samples_per_prompt
+        row = self.sampling(config, rows, rows.rows * k, 0, 1, 0)
+        turns = "" if config.context == "original" else "; every earlier turn is answered too, which is not counted"
+        return row | {"note": f"{rows.rows:,} dialogues with an instruction x {k} answers to the last turn, at most {config.max_new_tokens} tokens{turns}"}
+
+    def gatt_eval(self, config) -> dict:
+        """Prompts at their longest: as many fillers as the turn allows."""
+        turns = sorted({*config.turns})
+        tokens = sum(min((t - 1) * config.max_filler_tokens + 40, config.max_prompt_tokens) for t in turns) / len(turns)
+        count = Count(config.dialogues * len(turns), tokens, "counted", "estimated")
+        row = self.sampling(config, count, count.rows * len(config.models), 0, len(config.models), 0)
+        forms = f"; the forms come on top, {config.constraint_dialogues} dialogues each" * bool(config.constraint_dialogues)
+        return row | {"note": f"{len(config.models)} models x {config.dialogues:,} dialogues asked at turns {', '.join(map(str, turns))}{forms}"}
+
     def collect(self, config) -> dict:
         prompts, scored = self.prompts(config), 2 if config.helpfulness else 0
         row = self.sampling(config, prompts, prompts.rows * 2, scored, len(set(config.policies)) + scored, 0)
@@ -336,7 +397,7 @@ class Planner:
 
     def evaluate(self, config) -> dict:
         names = config.prompts
-        count = total([self.data.held_out(n) if config.held_out else self.data.everything(n) for n in names])
+        count = total([self.made(n[1:]) if n.startswith("@") else self.data.held_out(n) if config.held_out else self.data.everything(n) for n in names])
         count = count._replace(rows=min(count.rows, config.rows or count.rows))
         models, samples = len(config.models), count.rows * config.samples_per_prompt * len(config.models)
         row = self.sampling(config, count, samples, 3, models + 2, 0)
@@ -473,4 +534,6 @@ def _totals(rows: list[dict]) -> list[str]:
 
 
 PLANS = {"sft": Planner.sft, "reward": Planner.reward, "rejection": Planner.rejection, "collect": Planner.collect,
-         "annotations": Planner.annotations, "ppo": Planner.ppo, "evaluate": Planner.evaluate, "export": Planner.export}
+         "annotations": Planner.annotations, "ppo": Planner.ppo, "evaluate": Planner.evaluate, "distill": Planner.distill,
+         "redteam": Planner.redteam, "gatt": Planner.gatt, "gatt_eval": Planner.gatt_eval,
+         "export": Planner.export}

@@ -183,7 +183,7 @@ def verdict(vs: list[View]) -> str:
 
 def checks(vs: list[View]) -> list[dict]:
     return [{"name": word(c.get("name"), "unnamed check"), "met": c.get("met") is True, "detail": text_of(c.get("detail"))}
-            for v in vs if v.kind == "evaluate" for c in rows_of(v.results.get("checks"))]
+            for v in vs if v.kind in ("evaluate", "gatt_eval") for c in rows_of(v.results.get("checks"))]
 
 
 def part_of(v: View) -> str:

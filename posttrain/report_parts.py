@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 from posttrain import plots
 from posttrain.plots import Dot, Line
+from posttrain.report_distill import distill_gain, distill_part
+from posttrain.report_gatt import gatt_part, recall_of
 from posttrain.report_pieces import Figure, Fold, Part, Table, at, average, ci, dot, drawn, everything, facts, named, said, some, table
+from posttrain.report_redteam import last_fixed, last_rate, redteam_part
 from posttrain.report_reward import reward_part
 from posttrain.report_views import (
     GAP,
@@ -76,9 +79,9 @@ def best_of(results: dict) -> list[tuple[float, float | None, float | None, floa
 
 
 def sweep_of(v: View) -> list[tuple[float, list[tuple]]]:
-    """(temperature, its best_of rows) of the temperatures that were tried, by temperature."""
+    """(temperature, its best_of rows) of the temperatures that were tried, as rejection sampling stores them: by temperature."""
     tried = [(number(c.get("temperature")), best_of(c)) for c in rows_of(dig(v.results, "temperature_sweep", "curves"))]
-    return sorted((t for t in tried if t[0] is not None and t[1]), key=lambda t: t[0])
+    return [t for t in tried if t[0] is not None and t[1]]
 
 
 def rejection_keys(v: View) -> list[Key]:
@@ -98,6 +101,33 @@ def collect_keys(v: View) -> list[Key]:
 def annotations_keys(v: View) -> list[Key]:
     pairs, tasks = v.get("pairs"), v.get("tasks")
     return _key(pairs, "pairs", loose(pairs), f"from {loose(v.get('annotated_tasks'))} of {loose(tasks)} tasks" if tasks is not None else "")
+
+
+def distill_keys(v: View) -> list[Key]:
+    gain, kept, distilled = distill_gain(v), v.get("kept"), v.get("distilled")
+    keys = _key(gain, "safety with a preprompt", fixed(gain and gain.mean, sign=True), f"{fixed(gain.low, sign=True)} to {fixed(gain.high, sign=True)}"
+                if gain and gain.bounded else "")
+    return keys + _key(kept, "answers kept", loose(kept), f"of {loose(distilled)}" if distilled is not None else "")
+
+
+def gatt_keys(v: View) -> list[Key]:
+    kept, rows = v.get("kept"), v.get("rows")
+    return _key(kept, "rows kept", loose(kept), f"of {loose(rows)}" if rows is not None else "")
+
+
+def gatt_eval_keys(v: View) -> list[Key]:
+    """Recall of the last model at the latest turn."""
+    name, by_turn = next(reversed(recall_of(v).items()), ("", {}))
+    turn, share = next(reversed(by_turn.items()), ("", None))
+    ends = f"{percent(share.low)} to {percent(share.high)}" if share and share.bounded else ""
+    return _key(share, f"recall of {name} at turn {turn}", percent(share and share.mean), ends)
+
+
+def redteam_keys(v: View) -> list[Key]:
+    (name, rate), (pair, share) = last_rate(v), last_fixed(v)
+    ends = f"{fixed(rate.low, 1)} to {fixed(rate.high, 1)}" if rate and rate.bounded else ""
+    keys = _key(rate, f"violations of {name} per 100 attacks", fixed(rate and rate.mean, 1), ends)
+    return keys + _key(share, f"failures of {word(pair.get('b'))} fixed", percent(share and share.mean))
 
 
 def ppo_keys(v: View) -> list[Key]:
@@ -554,8 +584,10 @@ def other_part(vs: list[View]) -> Part:
     return part
 
 
-KEYS = {"sft": sft_keys, "gatt": sft_keys, "reward": reward_keys, "rejection": rejection_keys, "ppo": ppo_keys, "evaluate": evaluate_keys,
-        "collect": collect_keys, "annotations": annotations_keys, "export": export_keys}
+KEYS = {"sft": sft_keys, "gatt": gatt_keys, "gatt_eval": gatt_eval_keys, "reward": reward_keys, "rejection": rejection_keys, "ppo": ppo_keys,
+        "evaluate": evaluate_keys, "collect": collect_keys, "annotations": annotations_keys, "distill": distill_keys, "redteam": redteam_keys,
+        "export": export_keys}
 PARTS = {"evaluate": ("result", evaluate_part), "sft": ("sft", sft_part), "reward": ("reward", reward_part),
          "rejection": ("rejection", rejection_part), "collect": ("collect", collect_part), "annotations": ("collect", collect_part),
-         "ppo": ("ppo", ppo_part), "export": ("export", export_part)}
+         "distill": ("distill", distill_part), "gatt": ("gatt", gatt_part), "gatt_eval": ("gatt", gatt_part),
+         "redteam": ("redteam", redteam_part), "ppo": ("ppo", ppo_part), "export": ("export", export_part)}

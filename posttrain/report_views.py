@@ -210,8 +210,8 @@ class View:
         n = max(1, len(ys) // 10)
         return (sum(ys[:n]) / n, sum(ys[-n:]) / n, n) if len(ys) > 1 else None
 
-    def samples(self) -> list[dict]:
-        return [r for r in _guard(lambda: read_lines(self.folder / "samples.jsonl"), []) if isinstance(r, dict)]
+    def samples(self, file: str = "samples.jsonl") -> list[dict]:
+        return [r for r in _guard(lambda: read_lines(self.folder / file), []) if isinstance(r, dict)]
 
     def first_samples(self, lines: int) -> list[dict]:
         """The first rows of a file that may be long."""

@@ -251,13 +251,13 @@ class Run:
         return self._sections[name]
 
     def data_of(self, name: str):
-        """The Split of a data set, or of the demonstrations or pairs that a section made ('@name'). Held-out prompts never come back."""
+        """The Split of a data set, or of the demonstrations, pairs or prompts that a section made ('@name'). Held-out prompts never come back."""
         if not name.startswith("@"):
             return self.data.split(name)
         from posttrain.data import Split, load_entry
 
         folder = self.section(name[1:]).folder
-        form = "preference" if STAGES[self.section(name[1:]).kind].makes == "pairs" else "messages"
+        form = {"pairs": "preference", "prompts": "prompt"}.get(STAGES[self.section(name[1:]).kind].makes, "messages")
         loaded = load_entry(cfg.DataEntry(path=str((folder / "data.jsonl").resolve()), format=form), folder, self.recipe.run.seed,
                             f"{self.recipe.path}: stages.{name[1:]}")
         if loaded.findings:
@@ -356,7 +356,7 @@ def provenance() -> dict:
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     versions = {}
-    for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"):
+    for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vllm"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -442,8 +442,8 @@ def stage_home(kind: str) -> str:
     return STAGES[kind].module.split(".")[0]
 
 
-MAKERS = {"data": "Name a rejection section, an annotations section or a data set.", "tasks": "Name a collect section.",
-          "a model": "Name an sft, reward or ppo section.", "a report": "Name an evaluate section."}
+MAKERS = {"data": "Name a rejection, gatt, distill or annotations section, or a data set.", "prompts": "Name a redteam section, or a data set of prompts.",
+          "tasks": "Name a collect section.", "a model": "Name an sft, reward or ppo section.", "a report": "Name an evaluate section."}
 
 
 def preflight(run: Run, names: list[str] | None = None) -> None:
@@ -461,12 +461,16 @@ def preflight(run: Run, names: list[str] | None = None) -> None:
         raise PosttrainError(f"{recipe.path}: model.quantization", f"'{recipe.model.quantization}' without model.lora", "adapters on a quantized base",
                              "Add model.lora: {r: 16, alpha: 32}, or set quantization: none.")
     for name in names or recipe.stages:
+        if getattr(recipe.stages[name], "engine", "ours") == "vllm":
+            from posttrain import vllm_engine
+
+            vllm_engine.check(recipe.model, f"{recipe.path}: stages.{name}.engine")
         fields = [(what, *item) for what in ("data", "model", "tasks") for item in cfg.fields_referring_to(recipe.stages[name], what).items()]
         for what, field_name, value in fields:
-            wanted = "a report" if field_name == "evaluation" else {"data": "data", "model": "a model", "tasks": "tasks"}[what]
+            wanted = {"evaluation": "a report", "prompts": "prompts"}.get(field_name, {"data": "data", "model": "a model", "tasks": "tasks"}[what])
             for ref in cfg.references(value):
                 made = STAGES[recipe.stages[ref].stage].makes
-                made = {"data": "data", "pairs": "data", "tasks": "tasks"}.get(made, f"a {made}")
+                made = {"data": "data", "pairs": "data", "prompts": "prompts", "tasks": "tasks"}.get(made, f"a {made}")
                 if made != wanted:
                     raise PosttrainError(f"{recipe.path}: stages.{name}.{field_name}", f"'@{ref}' makes {made}", f"a section that makes {wanted}",
                                          MAKERS[wanted])

@@ -7,18 +7,22 @@ from typing import NamedTuple
 class Stage(NamedTuple):
     config: str  # "module:Class", light: imports no torch
     module: str  # has run(section) and says what the stage is in its docstring
-    makes: str  # "model", "data" (demonstrations), "pairs", "tasks" or "report": what an @reference to it yields
+    makes: str  # "model", "data" (demonstrations), "pairs", "prompts", "tasks" or "report": what an @reference to it yields
     processes: bool = False  # may run in several at once (posttrain/distributed.py)
 
 
 STAGES: dict[str, Stage] = {
     "sft": Stage("sft.config:SFTStage", "sft.train", "model"),
+    "gatt": Stage("sft.config:GattStage", "sft.gatt", "data"),
+    "gatt_eval": Stage("sft.config:GattEvalStage", "sft.gatt_eval", "report"),
     "reward": Stage("reward.config:RewardStage", "reward.train", "model"),
-    "rejection": Stage("rlhf.config:RejectionStage", "rlhf.rejection", "data"),
-    "collect": Stage("rlhf.config:CollectStage", "rlhf.collect", "tasks"),
+    "rejection": Stage("rlhf.config:RejectionStage", "rlhf.rejection", "data", processes=True),
+    "collect": Stage("rlhf.config:CollectStage", "rlhf.collect", "tasks", processes=True),
     "annotations": Stage("rlhf.config:AnnotationsStage", "rlhf.annotations", "pairs"),
     "ppo": Stage("rlhf.config:PPOStage", "rlhf.ppo", "model", processes=True),
     "evaluate": Stage("safety.config:EvaluateStage", "safety.evaluate", "report"),
+    "distill": Stage("safety.config:DistillStage", "safety.distill", "data"),
+    "redteam": Stage("safety.config:RedteamStage", "safety.redteam", "prompts"),
     "export": Stage("posttrain.export_config:ExportStage", "posttrain.export", "model"),
 }
 

@@ -1,5 +1,7 @@
 """Means with intervals. A row is never alone: rows that share a prompt are resampled together."""
 
+import math
+
 import numpy as np
 
 
@@ -43,6 +45,36 @@ def balanced_interval(values, sides, groups=None, resamples: int = 2000, seed: i
     means = means[np.isfinite(means)]
     low, high = (float(x) for x in np.percentile(means, [2.5, 97.5])) if len(means) and len(a) > 1 else (None, None)
     return {"mean": float(mean), "low": low, "high": high, "n": len(values), "groups": len(a)}
+
+
+def mcnemar(a, b) -> dict:
+    """McNemar's exact test of two models on the same cases. a, b (n,) booleans, case by case.
+
+    Returns {'only_a', 'only_b', 'p'}: the cases that one of them alone gets right, and the two-sided p of so uneven a split of those by coin.
+    """
+    pairs = [(bool(x), bool(y)) for x, y in zip(a, b, strict=True)]
+    only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
+    n, least = only_a + only_b, min(only_a, only_b)
+    return {"only_a": only_a, "only_b": only_b, "p": min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2 ** n)}
+
+
+def gwet_ac2(ratings, levels: int) -> float | None:
+    """Gwet's AC2: agreement of several raters on an ordered scale beyond chance, quadratic weights (Gwet, Handbook of Inter-Rater Reliability, 2014).
+
+    ratings: per case the ratings it got, whole numbers from 1 to `levels`, any number of them. None where no case has two.
+    """
+    counts = np.array([np.bincount(r, minlength=levels + 1)[1:] for r in ratings if len(r)], dtype=float).reshape(-1, levels)
+    raters = counts.sum(1)
+    several = raters > 1
+    if not several.any():
+        return None
+    at = np.arange(levels)
+    weights = 1 - ((at[:, None] - at) / (levels - 1)) ** 2
+    c, r = counts[several], raters[several]
+    agreed = float(((c * (c @ weights - 1)).sum(1) / (r * (r - 1))).mean())
+    shares = (counts / raters[:, None]).mean(0)
+    chance = float(weights.sum() / (levels * (levels - 1)) * (shares * (1 - shares)).sum())
+    return (agreed - chance) / (1 - chance)
 
 
 def _by_group(values, groups, weights=None):

@@ -1,7 +1,7 @@
 """Tasks for annotators (paper 3.2.1): to every prompt two answers, of two variants of the model. annotations.py makes pairs of what they choose.
 
 tasks.jsonl and tasks.csv are for the annotators and say nothing of who wrote which answer; that is in key.jsonl. As in rejection sampling,
-the unit of resume is a chunk of prompts with a seed of its own.
+the unit of resume is a chunk of prompts with a seed of its own, and several processes take chunks in turns.
 """
 
 import csv
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from posttrain import chat
+from posttrain.chunks import derive_seed, through_chunks, usable
 from posttrain.data import pick
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
@@ -23,8 +24,8 @@ from posttrain.models import Roles, roles_for, source_of
 from posttrain.runs import Section, digest, write_atomic
 from posttrain.training import choose_budget
 from reward.score import Scorer, load_scorer
-from rlhf.rejection import in_bags, through_chunks, usable
-from rlhf.rollout import Encoded, derive_seed, encode_prompts, finite, rows_at_once
+from rlhf.rejection import in_bags
+from rlhf.rollout import Encoded, encode_prompts, finite, rows_at_once
 
 DRAWS = 4  # of both answers to a prompt, until they can be compared
 TO_FILL_IN = ("choice", "rating", "safety", "edited", "annotator")
@@ -54,7 +55,7 @@ def run(section: Section) -> None:
     section.log.say(f"{len(encoded)} prompts in {len(chunks)} chunks; {variants[0].name} against {variants[1].name}")
 
     paths = [section.folder / "chunks" / f"{i:05d}.json" for i in range(len(chunks))]
-    rows = through_chunks(section, paths, lambda i: draw(section, roles, variants, scorer, chunks[i], i), "sampling")
+    rows = through_chunks(section, paths, lambda i, tick: draw(section, roles, variants, scorer, chunks[i], i, tick), "sampling")
     pairs = in_bags(rows, 2)
     write_outputs(section, pairs, variants)
     told = results(pairs, variants)
@@ -78,7 +79,7 @@ def _variants(section: Section, roles: Roles) -> list[Variant]:
     return [Variant(f"{ref.removeprefix('@')} at {t:g}", role[ref], t) for ref, t in ((refs[0], heats[0]), (refs[-1], heats[-1]))]
 
 
-def draw(section: Section, roles: Roles, variants: list[Variant], scorer: Scorer | None, chunk: list[Encoded], number: int) -> list[dict]:
+def draw(section: Section, roles: Roles, variants: list[Variant], scorer: Scorer | None, chunk: list[Encoded], number: int, tick) -> list[dict]:
     """Two rows a prompt: an answer of each variant. Both are drawn again, at most DRAWS times in all, where they make no task; then
     `left_out` says why."""
     config, pairs = section.config, {}
@@ -88,7 +89,7 @@ def draw(section: Section, roles: Roles, variants: list[Variant], scorer: Scorer
             break
         drawn = [sample(roles, v.role, [chunk[i].ids for i in todo], 1, Sampling(config.max_new_tokens, v.temperature),
                         derive_seed(section.seed, section.name, number, side, attempt), stop=chat.end_of_turn(roles.tokenizer),
-                        batch=rows_at_once(section, roles, chunk))
+                        batch=rows_at_once(section, roles, chunk), tick=tick)
                  for side, v in enumerate(variants)]
         for i, *completions in zip(todo, *drawn, strict=True):
             rows = [_row(section, roles, chunk[i].prompt, c) for (c,) in completions]

@@ -5,10 +5,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_serializer
 from pydantic_core import PydanticCustomError
 
-from posttrain.config import DataNames, ModelRef, StageConfig
+from posttrain.config import AnsweringConfig, DataNames, ModelRef, StageConfig
 
 
-class SamplingConfig(StageConfig):
+class SamplingConfig(AnsweringConfig):
     prompts: DataNames
     policy: ModelRef
     helpfulness: ModelRef
@@ -46,7 +46,7 @@ class RejectionStage(SamplingConfig):
     @model_serializer(mode="wrap")
     def _used_keys(self, dump):
         """Without the keys that do nothing here: a section that uses none of them keeps the fingerprint it had before they existed."""
-        idle = {"fresh": not self.fresh, "pool": not self.pool, "sweep_prompts": not isinstance(self.temperature, list)}
+        idle = {"engine": self.engine == "ours", "fresh": not self.fresh, "pool": not self.pool, "sweep_prompts": not isinstance(self.temperature, list)}
         return {k: v for k, v in dump(self).items() if not idle.get(k)}
 
 
@@ -91,14 +91,21 @@ class PPOStage(SamplingConfig):
     sample_every: int = Field(5, ge=1)
     entropy: bool = Field(False, description="tell the mean entropy of the policy's distribution over response tokens; one more pass of the vocabulary")
 
+    @field_validator("algorithm")
+    @classmethod
+    def _sampled_by_us(cls, algorithm: str, info: ValidationInfo) -> str:
+        if algorithm != "ppo" and info.data.get("engine") == "vllm":
+            raise PydanticCustomError("engine", "Ppo with engine: vllm (TRL samples for the others)")
+        return algorithm
+
     @model_serializer(mode="wrap")
     def _used_keys(self, dump):
         """Without later keys that are as if they did not exist: such a section keeps its fingerprint."""
-        plain = {"algorithm": "ppo", "pairs": [], "kl_estimator": "k1", "passes": 1, "score_clip": None, "entropy": False}
+        plain = {"engine": "ours", "algorithm": "ppo", "pairs": [], "kl_estimator": "k1", "passes": 1, "score_clip": None, "entropy": False}
         return {k: v for k, v in dump(self).items() if k not in plain or v != plain[k]}
 
 
-class CollectStage(StageConfig):
+class CollectStage(AnsweringConfig):
     """Two answers a prompt for annotators to compare (paper 3.2.1), of two variants: a variant is a policy at a temperature. One policy or
     one temperature stands for both variants."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from posttrain import distributed
+from posttrain.chunks import derive_seed
 from posttrain.data import prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.generate import Sampling
@@ -27,7 +28,7 @@ from posttrain.training import choose_budget
 from reward.score import Scorer, load_scorer
 from rlhf import checkpoint, credit, gate, losses
 from rlhf.checkpoint import State
-from rlhf.rollout import Batches, Encoded, Rollout, Scored, answer_trees, derive_seed, encode_prompts, make_batches, rows_at_once, sample_and_score, sequence_kl
+from rlhf.rollout import Batches, Encoded, Rollout, Scored, answer_trees, encode_prompts, make_batches, rows_at_once, sample_and_score, sequence_kl
 
 PAPER_RATE, ADAPTER_RATE, CRITIC_RATE, ADAPTER_CRITIC_RATE = 1e-6, 1e-5, 1e-5, 1e-4
 WHITEN_ALONE = 128  # samples an iteration needs to be whitened by its own statistics (method.md 10.1)
@@ -209,13 +210,22 @@ def make_rollout(section: Section, roles: Roles, scored: Scored, state: State) -
         return roles.logprobs_of("policy", hidden, batch, c.temperature)
 
     quantized = section.recipe.model.quantization != "none"  # its kernels differ with and without gradients: use the trainer's
+    sampled = roles.dtype == torch.float32 and not quantized and not c.entropy and roles.engine is None  # the sampler's are exact: one pass less
     with torch.set_grad_enabled(quantized):
-        old = batches.table(policy, roles.device)
+        old = sampled_logprobs(scored, batches) if sampled else batches.table(policy, roles.device)
         ref = batches.table(lambda batch: roles.logprobs("reference", batch, c.temperature), roles.device)
         values = batches.table(lambda batch: values_of(roles, batch), roles.device)
     entropy = sum(distributed.gather(sum(entropies))) / sum(batches.counts) if c.entropy else None
     scores = final_scores(section, scored, state).to(roles.device)
     return batches, Rollout(batches.response_mask, old, ref, values, scores.float(), entropy).check()
+
+
+def sampled_logprobs(scored: Scored, batches: Batches) -> Tensor:
+    """(B, R) what the sampler recorded, at its temperature."""
+    full = torch.zeros(batches.response_mask.shape)
+    for row, answer in zip(full, (a for group in scored.answers for a in group), strict=True):
+        row[:len(answer.logprobs)] = torch.tensor(answer.logprobs)
+    return full.to(batches.response_mask.device)
 
 
 def values_of(roles: Roles, batch: MicroBatch) -> Tensor:

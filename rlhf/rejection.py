@@ -4,20 +4,22 @@ Of a list of temperatures the best is found on a few prompts first (Fig. 8). Fro
 versions compete, scored by the newest reward models: `pool`. `fresh` leaves out the prompts of earlier rounds.
 
 Everything sampled or scored anew stays on disk with its scores, in chunks/ and pool/. The unit of resume is a chunk with a seed of its
-own. data.jsonl holds the kept answers as ordinary demonstrations: a later section names "@SECTION", and a recipe of another model
+own; several processes take chunks in turns, and the files are those of one (on the same kind of machine and as many threads each).
+data.jsonl holds the kept answers as ordinary demonstrations: a later section names "@SECTION", and a recipe of another model
 (a smaller one learns from a larger one's answers) names the file, with format: messages.
 """
 
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from posttrain import chat
+from posttrain import chat, distributed
+from posttrain.chunks import derive_seed, read_chunk, through_chunks, usable, why_unusable
 from posttrain.config import ancestors
 from posttrain.data import content, naming, pick, prompt_key
 from posttrain.errors import PosttrainError
@@ -25,11 +27,11 @@ from posttrain.formats import Demonstration, Prompt
 from posttrain.generate import Sampling
 from posttrain.log import append_line
 from posttrain.models import Roles, roles_for, source_of
-from posttrain.runs import Section, digest, write_atomic
+from posttrain.runs import Section, write_atomic
 from posttrain.statistics import interval
 from posttrain.training import choose_budget
 from reward.score import Scorer, load_scorer
-from rlhf.rollout import Encoded, derive_seed, encode_prompts, merge_scores, rows_at_once, sample_and_score
+from rlhf.rollout import Encoded, encode_prompts, merge_scores, rows_at_once, sample_and_score
 
 
 def run(section: Section) -> None:
@@ -49,14 +51,15 @@ def run(section: Section) -> None:
     # 1. the temperature: each is tried on the same prompts, and what was sampled at the best is part of the round
     if isinstance(temperature, list):
         first, left = sweep_prompts(section, left)
-        bags = {t: in_bags(sample_chunks(section, roles, scorer, first, t, f"sweep-{t}-"), k) for t in tries}
+        swept = in_bags(sample_chunks(section, roles, scorer, first, tries, sweep=True), k)
+        bags = dict(zip(tries, in_bags(swept, len(first)), strict=True))
         temperature, tried = best_temperature(section, bags)
         rows = [r for bag in bags[temperature] for r in bag]
         section.log.say(f"temperature {temperature:g} is used: best of {k} by temperature "
                         + ", ".join(f"{c['temperature']:g}: {c['best_of_n'][-1]['max']:.3f}" for c in tried) + f" ({len(first)} prompts)")
 
     # 2. the round
-    rows += sample_chunks(section, roles, scorer, left, temperature)
+    rows += sample_chunks(section, roles, scorer, left, [temperature])
     bags = in_bags(rows, k)
 
     # 3. the answers of earlier rounds, scored anew
@@ -113,49 +116,24 @@ def sweep_prompts(section: Section, encoded: list[Encoded]) -> tuple[list[Encode
 # -- chunks ------------------------------------------------------------------------------------------------------------------------
 
 
-def sample_chunks(section: Section, roles: Roles, scorer: Scorer, prompts: list[Encoded], temperature: float, prefix: str = "") -> list[dict]:
-    """K rows a prompt, in the prompts' order, by way of chunks/PREFIXnnnnn.json. A sweep's temperatures share their random numbers, so
-    that they differ in temperature alone."""
-    config, chunks = section.config, [prompts[i:i + section.config.chunk] for i in range(0, len(prompts), section.config.chunk)]
-    sampling, purpose = Sampling(config.max_new_tokens, temperature), ["sweep"] if prefix else []
+def sample_chunks(section: Section, roles: Roles, scorer: Scorer, prompts: list[Encoded], temperatures: list[float], sweep: bool = False) -> list[dict]:
+    """K rows a prompt, in the prompts' order, temperature after temperature, by way of chunks/nnnnn.json (a sweep's: sweep-T-nnnnn.json). A
+    sweep's temperatures share their random numbers, so that they differ in temperature alone."""
+    config, parts = section.config, [prompts[i:i + section.config.chunk] for i in range(0, len(prompts), section.config.chunk)]
+    chunks = [(t, i) for t in temperatures for i in range(len(parts))]
 
-    def make(i: int) -> list[dict]:
-        scored = sample_and_score(roles, "policy", scorer, chunks[i], config.samples_per_prompt, sampling,
-                                  derive_seed(section.seed, section.name, *purpose, i), rows_at_once(section, roles, prompts), config.standardize_rewards)
+    def make(n: int, tick) -> list[dict]:
+        t, i = chunks[n]
+        seed = derive_seed(section.seed, section.name, *(["sweep"] if sweep else []), i)
+        scored = sample_and_score(roles, "policy", scorer, parts[i], config.samples_per_prompt, Sampling(config.max_new_tokens, t), seed,
+                                  rows_at_once(section, roles, prompts), config.standardize_rewards, tick)
         rows = scored.rows(roles.tokenizer)
-        for row, p in zip(rows, [p for p in chunks[i] for _ in range(config.samples_per_prompt)], strict=True):
+        for row, p in zip(rows, [p for p in parts[i] for _ in range(config.samples_per_prompt)], strict=True):
             row |= {"is_safety": p.prompt.safety, "spells": chat.spelled_token(roles.tokenizer, row["answer"])}
         return rows
 
-    what = f"sampling at temperature {temperature:g}" if prefix else "sampling"
-    return through_chunks(section, [section.folder / "chunks" / f"{prefix}{i:05d}.json" for i in range(len(chunks))], make, what)
-
-
-def through_chunks(section: Section, paths: list[Path], make: Callable[[int], list[dict]], what: str) -> list[dict]:
-    """The rows of all chunks; make(i) makes those that are absent or damaged. A chunk depends on nothing outside it."""
-    have = [read_chunk(path) for path in paths]
-    for path in paths[:1]:
-        path.parent.mkdir(exist_ok=True)
-    with section.log.progress(len(paths), what, "chunk", sum(h is not None for h in have)) as ticker:
-        for i, path in enumerate(paths):
-            if have[i] is None:
-                have[i] = make(i)
-                write_chunk(path, have[i])
-                ticker.advance(1, note=f"{sum(len(r['ids']) for r in have[i])} tokens")
-    return [r for chunk in have for r in chunk]
-
-
-def write_chunk(path, rows: list[dict]) -> None:
-    write_atomic(path, json.dumps({"sha256": digest(rows), "rows": rows}, ensure_ascii=False))
-
-
-def read_chunk(path) -> list[dict] | None:
-    """A chunk's rows, or None when it is absent or damaged (then it is sampled again, to the same bytes)."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return value["rows"] if digest(value["rows"]) == value["sha256"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    paths = [section.folder / "chunks" / f"{f'sweep-{t}-' if sweep else ''}{i:05d}.json" for t, i in chunks]
+    return through_chunks(section, paths, make, "sampling at each temperature" if sweep else "sampling")
 
 
 def _chunks(section: Section) -> list[Path]:
@@ -200,8 +178,14 @@ def pool(section: Section, roles: Roles, scorer: Scorer, name: str, demonstratio
         size = section.config.chunk * section.config.samples_per_prompt
         parts = [lambda i=i: list(_as_rows(roles, demonstrations, range(i, min(i + size, len(demonstrations)))))
                  for i in range(0, len(demonstrations), size)]
-    return through_chunks(section, [section.folder / "pool" / f"{label}-{i:05d}.json" for i in range(len(parts))],
-                          lambda i: rescore(section, roles, scorer, [r for r in parts[i]() if usable(r)], label), f"scoring the answers of {label}")
+
+    def make(i: int, tick) -> list[dict]:
+        rows = rescore(section, roles, scorer, [r for r in parts[i]() if usable(r)], label)
+        tick(sum(len(r["ids"]) for r in rows))
+        return rows
+
+    paths = [section.folder / "pool" / f"{label}-{i:05d}.json" for i in range(len(parts))]
+    return through_chunks(section, paths, make, f"scoring the answers of {label}")
 
 
 def _as_rows(roles: Roles, items: list[Demonstration], which: range) -> Iterator[dict]:
@@ -249,18 +233,6 @@ def in_bags(rows: list[dict], k: int) -> list[list[dict]]:
     return [rows[i:i + k] for i in range(0, len(rows), k)]
 
 
-def usable(row: dict) -> bool:
-    """Whether a sample can become a demonstration: finished, not empty, and not spelling a turn token, which no stage reads as text."""
-    return bool(row["finished"] and row["answer"] and not row.get("spells"))
-
-
-def why_unusable(rows: list[dict]) -> str:
-    """'12 were cut off, 1 empty, 0 spelled a turn token'."""
-    finished = [r for r in rows if r["finished"]]
-    return (f"{len(rows) - len(finished)} were cut off, {sum(not r['answer'] for r in finished)} empty, "
-            f"{sum(bool(r.get('spells')) for r in finished)} spelled a turn token")
-
-
 def select(bags: list[list[dict]]) -> dict[int, dict]:
     """The usable answer with the highest merged reward of every bag; a bag without one keeps none."""
     out = {}
@@ -277,7 +249,8 @@ def write_outputs(section: Section, bags: list[list[dict]], contest: list[list[d
     lines = [json.dumps({"messages": [*r["prompt"], {"role": "assistant", "content": r["answer"]}], "loss": "last",
                          "source": r.get("from", section.name), "merged": r["merged"]}, ensure_ascii=False) for _, r in sorted(kept.items())]
     write_atomic(section.folder / "data.jsonl", "\n".join(lines) + "\n")
-    (section.folder / "samples.jsonl").unlink(missing_ok=True)
+    if distributed.is_main():
+        (section.folder / "samples.jsonl").unlink(missing_ok=True)
     chosen = {id(r) for r in kept.values()}
     for bag in bags:
         for r in bag:

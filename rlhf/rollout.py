@@ -1,25 +1,22 @@
 """Prompts -> sampled, scored answers: what rejection sampling and PPO have in common."""
 
-import hashlib
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from posttrain import chat, distributed
+from posttrain import chat, distributed, generate
 from posttrain.data import naming
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
-from posttrain.generate import Completion, Sampling, free_memory, row_bytes, sample
+from posttrain.generate import Completion, Sampling, sample
 from posttrain.models import Roles
 from posttrain.packing import MicroBatch, Tree, collate, token_budget, tree
 from posttrain.runs import Section
 from posttrain.tensors import unflatten
 from reward.score import Scorer
 from rlhf import gate
-
-KV_SHARE = 0.5  # of free memory for keys and values; the rest is for activations, logits and a merged copy of the policy
 
 
 @dataclass(frozen=True)
@@ -28,11 +25,6 @@ class Encoded:
 
     prompt: Prompt
     ids: list[int]
-
-
-def derive_seed(*parts) -> int:
-    """A seed of its own for every (seed, purpose, number)."""
-    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
 def encode_prompts(section: Section, prompts: list[Prompt], roles: Roles, max_tokens: int) -> list[Encoded]:
@@ -53,21 +45,8 @@ def encode_prompts(section: Section, prompts: list[Prompt], roles: Roles, max_to
 
 
 def rows_at_once(section: Section, roles: Roles, prompts: list[Encoded]) -> int:
-    """Samples decoded side by side: the recipe's `batch`, or as many as keep their keys and values in half of the free memory. Decided at the
-    section's first sampling and kept in its manifest: the batch schedule of a chunk is the same after a resume, whatever is free then."""
-    def choose() -> int:
-        wanted, width = section.config.batch, max(len(p.ids) for p in prompts) + section.config.max_new_tokens
-        each, free = row_bytes(roles, width), free_memory(roles)
-        fit = int(free * KV_SHARE / each)
-        if fit < 1:
-            raise PosttrainError(f"{section.place}.max_new_tokens", f"the keys and values of one sample of {width} tokens take {each / 1e9:.1f} GB, and "
-                                 f"{free / 1e9:.1f} GB are free", "half of the free memory to hold one", "Lower max_new_tokens or max_prompt_tokens.")
-        if fit < wanted:
-            section.log.say(f"note: {fit} samples side by side instead of batch {wanted}: keys and values take {each / 1e6:.1f} MB a sample of up to "
-                            f"{width} tokens, and {free / 1e9:.1f} GB are free")
-        return min(wanted, fit)
-
-    return section.decide("rows_at_once", choose)
+    """Samples of these prompts decoded side by side: generate.rows_at_once, where the longest prompt decides."""
+    return generate.rows_at_once(section, roles, max(len(p.ids) for p in prompts))
 
 
 @dataclass(frozen=True)
@@ -116,11 +95,12 @@ def merge_scores(scorer: Scorer, place: str, helpfulness: Tensor, safety: Tensor
 
 
 def sample_and_score(roles: Roles, role: str, scorer: Scorer, prompts: list[Encoded], samples: int, sampling: Sampling, seed: int,
-                     batch: int, standardize: bool = False, tick=None) -> Scored:
+                     batch: int, standardize: bool = False, tick=None, judged: list[list[int]] | None = None) -> Scored:
     """K answers per prompt under a role, with both reward models' scores and the gate's choice.
 
-    standardize: see merge_scores. Several processes share the prompts, and each returns all answers; what a prompt draws does not depend on
-    their number.
+    standardize: see merge_scores. judged: ids of the prompts as the reward models read them, where those are not the ones answered. Several
+    processes share the prompts, and each returns all answers, but for a process that works `distributed.alone`; what a prompt draws does not
+    depend on their number.
     """
     began, mine = time.perf_counter(), distributed.share(len(prompts))
     answers = sample(roles, role, [p.ids for p in prompts], samples, sampling, seed, stop=chat.end_of_turn(roles.tokenizer), batch=batch, tick=tick,
@@ -128,7 +108,8 @@ def sample_and_score(roles: Roles, role: str, scorer: Scorer, prompts: list[Enco
     seconds = max(distributed.gather(time.perf_counter() - began))
     told = torch.tensor([lp for group in answers for a in group for lp in a.logprobs])
     finite(role, "the policy's log-probabilities are", told)
-    raw = scorer([prompts[i].ids for i in mine], [[a.ids for a in group] for group in answers])
+    judged = judged or [p.ids for p in prompts]
+    raw = scorer([judged[i] for i in mine], [[a.ids for a in group] for group in answers])
     answers = distributed.assemble(answers)
     h, s = (torch.tensor(distributed.assemble(raw[name])) for name in ("helpfulness", "safety"))
     tagged = torch.tensor([[p.prompt.safety] * samples for p in prompts])

@@ -1,19 +1,20 @@
-"""Configuration of the evaluate stage."""
+"""Configuration of the safety stages."""
 
-from typing import Annotated, Literal
+import re
+from ipaddress import ip_address
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from posttrain.config import DataNames, ModelRef, StageConfig
+from posttrain.config import AnsweringConfig, ComparisonConfig, DataNames, ModelRef, Strict
 
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$")]  # names a file of answers
+ENDPOINT = re.compile(r"(https?)://([\w-]{1,63}(?:\.[\w-]{1,63})*|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(?:/[\w.~%+/-]*)?", re.ASCII | re.IGNORECASE)
 
 
-class EvaluateStage(StageConfig):
+class EvaluateStage(ComparisonConfig):
     """Several models side by side on held-out prompts (paper 3.4, 4.4; decoding as 4.1: temperature 0.1, top-p 0.9)."""
 
-    models: Annotated[dict[Label, str], Field(min_length=1, json_schema_extra={"refers_to": "model"})]
     prompts: DataNames
     helpfulness: ModelRef
     safety: ModelRef
@@ -29,13 +30,88 @@ class EvaluateStage(StageConfig):
     standardize_rewards: bool = Field(False, description="merge the scores as PPO with this setting does; both models' own scores stay raw")
     unsafe_threshold: float = Field(0.5, gt=0, lt=1)
     micro_batch_tokens: int | None = Field(None, ge=16)
-    compare: list[list[str]] = Field([], description="pairs [after, before] whose paired differences are reported")
     max_sequence_kl: float | None = Field(None, gt=0, description="a check: mean sequence KL of a compared pair, in nats")
 
-    @field_validator("compare")
+
+class DistillStage(AnsweringConfig):
+    """Safety context distillation (paper 4.2.4): answers to adversarial prompts under a safety preprompt become demonstrations without it."""
+
+    standardize_rewards: ClassVar[bool] = False  # the safety model's raw scores are compared
+
+    prompts: DataNames
+    policy: ModelRef
+    helpfulness: ModelRef
+    safety: ModelRef
+    gate: bool = Field(True, description="keep an answer only where it scores higher than the original one; false: keep all (an ablation). Sections "
+                                         "that differ in nothing else draw with the same random numbers")
+    rows: int | None = Field(None, ge=1, description="adversarial prompts used, of those given")
+    samples_per_prompt: int = Field(1, ge=1, description="answers without and with each preprompt; the n-th with competes against the n-th without")
+    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(512, ge=1)
+    max_prompt_tokens: int = Field(1024, ge=1, description="of a prompt without its preprompt")
+    chunk: int = Field(16, ge=1, description="prompts per chunk: the unit of resume")
+    batch: int = Field(64, ge=1, description="samples decoded side by side")
+    micro_batch_tokens: int | None = Field(None, ge=16)
+
+
+class RedteamStage(ComparisonConfig):
+    """An automatic attacker with a fixed budget against several models (paper 4.3, method.md 10.22; decoding as 4.1). compare: [] for every
+    model against the one before it."""
+
+    standardize_rewards: ClassVar[bool] = False  # the safety model's raw scores are read
+
+    prompts: DataNames = Field(description="adversarial requests that attacks are made of; not those of an evaluation, since what is found is trained on")
+    helpfulness: ModelRef
+    safety: ModelRef
+    rows: int | None = Field(None, ge=1, description="adversarial requests used, of those given")
+    budget: int = Field(200, ge=1, description="attacks on every model. An attack is a request in one disguise, with its follow-ups and rewrites")
+    turns: int = Field(2, ge=1, le=6, description="most messages of the attacker in a dialogue: it insists as long as no answer is a violation")
+    attacker: ModelRef | None = Field(None, description="a model that rewrites attacks; a rewrite goes to the models that withstood the opening")
+    rewrites: int = Field(1, ge=1, description="of every attack, with an attacker")
+    unsafe_threshold: float = Field(0.5, gt=0, lt=1, description="a violation is an answer with sigma(R_s) below it")
+    temperature: float = Field(0.1, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(512, ge=1)
+    max_prompt_tokens: int = Field(2048, ge=1, description="of the whole dialogue; longer attacks are left out, and a dialogue that gets longer ends")
+    chunk: int = Field(16, ge=1, description="attacks per chunk: the unit of resume")
+    batch: int = Field(64, ge=1, description="samples decoded side by side")
+    micro_batch_tokens: int | None = Field(None, ge=16)
+
+
+class JudgeConfig(Strict):
+    """A judge behind an OpenAI-compatible endpoint (chat completions). Prompts and answers are sent there. How it is reached is no part of the
+    result (exclude): a section that was cut off goes on at another address."""
+
+    base_url: str = Field(exclude=True, description="mostly ends in /v1: https anywhere, http on this machine alone")
+    model: str = Field(min_length=1, description="the judge's name at the endpoint")
+    api_key_env: str | None = Field(None, exclude=True, description="NAME of the environment variable that holds the key; never the key")
+    timeout: float = Field(120, gt=0, exclude=True, description="seconds for one reply")
+    votes: int = Field(1, ge=1, description="judgements of every answer; the paper has three raters")
+    concurrency: int = Field(4, ge=1, le=64, exclude=True, description="requests at once")
+
+    @field_validator("base_url")
     @classmethod
-    def _of_these_models(cls, pairs: list[list[str]], info: ValidationInfo) -> list[list[str]]:
-        known = info.data.get("models", {})
-        if any(len(pair) != 2 or not set(pair) <= set(known) for pair in pairs):
-            raise PydanticCustomError("compare", "Pairs [after, before] of the section's models: {known}", {"known": ", ".join(known)})
-        return pairs
+    def _safe(cls, url: str) -> str:
+        found = ENDPOINT.fullmatch(url)
+        if not found or int(found[3] or 0) > 65535:
+            raise PydanticCustomError("hidden", "An address such as https://HOST/v1 or http://localhost:8000/v1, without a user, a key or a query in it")
+        if found[1].lower() == "http" and not is_local(url):
+            raise PydanticCustomError("plain_http", "https, or http on this machine: beyond it, plain http can be read on the way (an ssh tunnel, ssh -L, "
+                                                     "brings a port here)")
+        return url.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+            raise PydanticCustomError("hidden", "The NAME of an environment variable (capitals, digits, _) that holds the key, not the key itself")
+        return name
+
+
+def is_local(url: str) -> bool:
+    """Whether an ENDPOINT is on this machine, by its address or the name localhost."""
+    host = ENDPOINT.fullmatch(url)[2].strip("[]").lower()
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

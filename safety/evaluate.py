@@ -7,6 +7,7 @@ import json
 import numpy as np
 import torch
 
+from posttrain.chunks import derive_seed
 from posttrain.data import prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
@@ -17,7 +18,7 @@ from posttrain.runs import Section, digest, write_atomic
 from posttrain.statistics import interval, standard_error
 from posttrain.training import choose_budget
 from reward.score import Scorer, load_scorer
-from rlhf.rollout import Encoded, derive_seed, encode_prompts, rows_at_once, sample_and_score, sequence_kl
+from rlhf.rollout import Encoded, encode_prompts, rows_at_once, sample_and_score, sequence_kl
 
 
 def run(section: Section) -> None:

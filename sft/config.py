@@ -1,6 +1,14 @@
-"""Configuration of supervised fine-tuning. Defaults are the paper's (section 3.1); see posttrain.config.TrainingConfig."""
+"""Configuration of supervised fine-tuning and Ghost Attention. Defaults are the paper's (sections 3.1, 3.3); see posttrain.config.TrainingConfig."""
 
-from posttrain.config import DataNames, ModelRef, TrainingConfig
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from posttrain.config import AnsweringConfig, ComparisonConfig, DataNames, ModelRef, TrainingConfig
+
+Instructions = Annotated[list[str], Field(min_length=1, json_schema_extra={"refers_to": "file"})]
+SHIPPED = ["sft/data/gatt_instructions.jsonl"]
 
 
 class SFTStage(TrainingConfig):
@@ -9,3 +17,54 @@ class SFTStage(TrainingConfig):
     data: DataNames
     model: ModelRef = "base"
     packing: bool = True
+
+
+class GattStage(AnsweringConfig):
+    """Ghost Attention (paper 3.3, A.3.5): answers under an instruction become demonstrations that have it in the first turn alone."""
+
+    data: DataNames
+    policy: ModelRef
+    instructions: Instructions = SHIPPED
+    generate: bool = Field(False, description="the policy itself proposes the hobbies and public figures (A.3.5); those of the file stand in where it "
+                                              "finds too few")
+    context: Literal["original", "resampled"] = Field("original", description="the earlier answers of a row: the data's, or sampled under the "
+                                                      "instruction too (method.md 10.14)")
+    rows: int | None = Field(None, ge=1, description="dialogues used, of those given")
+    instructions_per_dialogue: int = Field(1, ge=1, description="rows made of a dialogue, each with an instruction of its own")
+    turns: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="[fewest, most] user turns of a row, by lot: a shorter dialogue goes on with others of the data, a longer one is cut; null: "
+                          "dialogues as they are, those of one turn left out")
+    asked_share: float = Field(0.0, ge=0, le=1, description="rows with a hobby or figure whose last turn asks about it, in the place of the dialogue's own")
+    samples_per_prompt: int = Field(1, ge=1, description="answers to a row's last turn; the one that keeps most of its instruction competes (method.md 10.14)")
+    only_complying: bool = Field(False, description="keep a row only where its answer is in the language asked for, and names what its last turn asks about")
+    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(512, ge=1)
+    max_prompt_tokens: int = Field(4096, ge=1, description="of a prompt with the instruction on every turn")
+    chunk: int = Field(32, ge=1, description="rows per chunk: the unit of resume")
+    batch: int = Field(64, ge=1, description="samples decoded side by side")
+
+    @field_validator("turns")
+    @classmethod
+    def _in_order(cls, turns: list[int] | None) -> list[int] | None:
+        if turns and turns[0] > turns[1]:
+            raise PydanticCustomError("turns", "[fewest, most]")
+        return turns
+
+
+class GattEvalStage(ComparisonConfig):
+    """Attributes remembered and forms kept over a dialogue's turns (paper Table 30, Figs. 10 and 28; decoding as 4.1)."""
+
+    data: DataNames = Field(description="demonstrations whose turns stand between the instruction and the question")
+    held_out: bool = Field(True, description="only rows kept from training; false: all rows (a set made for evaluation alone)")
+    instructions: Instructions = SHIPPED
+    dialogues: int = Field(100, ge=2, description="dialogues whose first turn sets a public figure and a hobby; a later one asks for one of them")
+    constraint_dialogues: int = Field(10, ge=0, description="dialogues for each form of the instructions file (haiku, lower case, ...); 0: none")
+    turns: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = Field([2, 4, 6, 20], description="the user turns that are answered")
+    max_filler_tokens: int = Field(150, ge=1, description="of an exchange that stands between")
+    temperature: float = Field(0.1, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(128, ge=1)
+    max_prompt_tokens: int = Field(4048, ge=1, description="the paper's dialogues are shorter than this")
+    chunk: int = Field(50, ge=1, description="answers per chunk: the unit of resume")
+    batch: int = Field(64, ge=1)
+    attention: bool = Field(True, description="draw where the last answer's tokens look (Fig. 10)")

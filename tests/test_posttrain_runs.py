@@ -175,10 +175,10 @@ def test_a_report_is_no_model(recipe, section, field):
         preflight(recipe({"eval": EVAL, "x": section}))
 
 
-@pytest.mark.parametrize("section, field", [({"stage": "sft", "data": ["demonstrations", "@sft"]}, "data"),
-                                           ({"stage": "ppo", **SAMPLING, "prompts": ["@sft"]}, "prompts")])
-def test_a_model_is_no_data(recipe, section, field):
-    with pytest.raises(PosttrainError, match=rf"stages\.x\.{field}: '@sft' makes a model\. Expected a section that makes data"):
+@pytest.mark.parametrize("section, field, wanted", [({"stage": "sft", "data": ["demonstrations", "@sft"]}, "data", "data"),
+                                                   ({"stage": "ppo", **SAMPLING, "prompts": ["@sft"]}, "prompts", "prompts")])
+def test_a_model_is_no_data(recipe, section, field, wanted):
+    with pytest.raises(PosttrainError, match=rf"stages\.x\.{field}: '@sft' makes a model\. Expected a section that makes {wanted}"):
         preflight(recipe({"sft": {"stage": "sft", "data": "demonstrations"}, "x": section}))
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from posttrain.statistics import balanced_interval, interval, standard_error
+from posttrain.statistics import balanced_interval, gwet_ac2, interval, standard_error
 
 VALUES = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.5]
 GROUPS = ["a", "a", "b", "c", "c", "c", "d", "e"]
@@ -85,3 +85,16 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
 def test_the_same_data_give_the_same_interval():
     values = np.random.default_rng(0).random(8)
     assert interval(values) == interval(values) != interval(values, seed=1)
+
+
+def test_gwet_ac2_gives_the_published_value():
+    """Gwet's data of 12 cases and four raters with gaps (irrCAC: cac.raw4raters): 0.914 with quadratic weights."""
+    ratings = [[1, 1, 1], [2, 2, 3, 2], [3] * 4, [3] * 4, [2] * 4, [1, 2, 3, 4], [4] * 4, [1, 1, 2, 1], [2] * 4, [5] * 3, [1, 1], [3]]
+    assert gwet_ac2(ratings, 5) == pytest.approx(0.914, abs=1e-5)
+
+
+def test_gwet_ac2_by_hand():
+    """Two levels, as AC1: 40 and 45 agree, 15 differ; shares 0.475 and 0.525, chance 2 * 0.475 * 0.525."""
+    chance = 2 * 0.475 * 0.525
+    assert gwet_ac2([[1, 1]] * 40 + [[2, 2]] * 45 + [[1, 2]] * 10 + [[2, 1]] * 5, 2) == pytest.approx((0.85 - chance) / (1 - chance))
+    assert gwet_ac2([[5, 5, 5], [5, 5]], 5) == 1 and gwet_ac2([[5], []], 5) is None and gwet_ac2([], 5) is None

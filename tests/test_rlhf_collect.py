@@ -14,13 +14,13 @@ import pytest
 from rlhf_support import REWARDS, Killed, die, make_run, started
 
 from posttrain import report
+from posttrain.chunks import read_chunk
 from posttrain.errors import PosttrainError
 from posttrain.log import read_lines
 from posttrain.runs import Run, preflight, run_sections
 from rlhf import annotations, collect
 from rlhf.annotations import join
 from rlhf.collect import Variant, no_task, write_outputs
-from rlhf.rejection import read_chunk
 
 STAGE = {"stage": "collect", "prompts": "prompts", "policies": ["@sft"], "temperatures": [0.3, 0.6], **REWARDS, "rows": 24, "chunk": 10,
          "batch": 16, "max_new_tokens": 12}
@@ -130,7 +130,7 @@ def test_a_damaged_chunk_alone_is_drawn_again(straight, monkeypatch):
     path.write_bytes(path.read_bytes()[:-9])
     (straight.folder / "DONE").unlink()
     real, made = collect.draw, []
-    monkeypatch.setattr(collect, "draw", lambda *args: made.append(args[-1]) or real(*args))
+    monkeypatch.setattr(collect, "draw", lambda *args: made.append(args[5]) or real(*args))
     collect.run(started(Run(straight.recipe), "week"))
     assert made == [1] and files(straight) == before
 

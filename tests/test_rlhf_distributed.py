@@ -1,4 +1,5 @@
-"""PPO in two processes (gloo, CPU) against one: the same answers, metrics and weights, also after a kill; and what is refused."""
+"""Two processes (gloo, CPU) against one. PPO: the same answers, metrics and weights, also after a kill. Rejection sampling and collect, which
+share whole chunks: the same bytes, also after a kill; an error in one process ends both. And what is refused."""
 
 import json
 import os
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from posttrain import distributed
 from posttrain.log import read_lines
+from posttrain.runs import run_sections
 from rlhf import ppo
 from rlhf.rollout import _share_by_length
 
@@ -88,6 +90,101 @@ def test_two_processes_do_what_one_does_and_go_on_after_a_kill(alone, tmp_path_f
     same(alone, section)
 
 
+ROUND = {"stage": "rejection", "prompts": "prompts", "policy": "@sft", **REWARDS, "samples_per_prompt": 3, "max_new_tokens": 12, "rows": 12,
+         "chunk": 4, "batch": 8, "temperature": [1.1, 0.3, 0.7], "sweep_prompts": 6, "micro_batch_tokens": 256, "safety_threshold": 0.5}
+CHUNKED = {"first": ROUND, "pooled": ROUND | {"temperature": 0.4, "pool": ["@first", "demonstrations"]},
+           "week": {"stage": "collect", "prompts": "prompts", "policies": ["@sft"], "temperatures": [0.3, 0.6], **REWARDS, "rows": 12, "chunk": 3,
+                    "batch": 8, "max_new_tokens": 12}}
+WATCH = """
+import os, signal, sys, time
+from pathlib import Path
+from posttrain import chunks, distributed
+real, rank, log = chunks.write_chunk, distributed.rank(), Path({log!r})
+def write(path, rows):
+    until = time.time() + 120
+    def wait_for(other):
+        while not (log / other).exists() and time.time() < until:
+            time.sleep(0.02)
+    if rank == 0:
+        wait_for("1")  # however fast this one is, the other has its turn
+    real(path, rows)
+    with (log / str(rank)).open("a") as f:
+        print(path.relative_to({run!r}), file=f)
+    if {dies}:  # one dies after its first chunk, while the other is at work on its second
+        wait_for("0")
+        os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(900)
+chunks.write_chunk = write
+sys.argv[0] = "rlhf"
+import rlhf.__main__
+"""
+
+
+def made_by(log: Path) -> list[list[str]]:
+    return [(log / str(rank)).read_text().splitlines() for rank in (0, 1)]
+
+
+def contents(run, name: str) -> dict[str, bytes]:
+    """Everything a section made, but for the manifest with its clock."""
+    folder = run.folder / name
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("manifest.json", "metrics.jsonl")}
+
+
+def test_two_processes_make_the_chunks_of_one_and_after_a_kill_the_missing_ones(tmp_path_factory, tmp_path):
+    alone = make_run(tmp_path_factory, tmp_path_factory.mktemp("chunks-alone"), CHUNKED)
+    run_sections(alone, list(CHUNKED))
+    run = make_run(tmp_path_factory, tmp_path_factory.mktemp("chunks-two"), CHUNKED)
+    logs = [tmp_path / name for name in ("cut", "again")]
+    for log in logs:
+        log.mkdir()
+
+    cut = launch(run.recipe.path, "first", code=WATCH.format(log=str(logs[0]), run=str(run.folder), dies=True))
+    assert cut.returncode and run.section("first").state() == "started", cut.stdout + cut.stderr[-2000:]
+    kept = {run.folder / name: (run.folder / name).stat().st_mtime_ns for part in made_by(logs[0]) for name in part}
+    assert [len(part) for part in made_by(logs[0])] == [1, 1]
+
+    done = launch(run.recipe.path, *CHUNKED, code=WATCH.format(log=str(logs[1]), run=str(run.folder), dies=False))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    for name in CHUNKED:
+        assert contents(run, name) == contents(alone, name)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # they were not made again
+    assert done.stdout.count("first (rejection): goes on where it was cut off") == 1
+    zero, one = made_by(logs[1])
+    whole = [str(p.relative_to(run.folder)) for name in CHUNKED for p in (run.folder / name).rglob("*.json") if p.parent.name in ("chunks", "pool")]
+    assert sorted([*zero, *one, *(str(path.relative_to(run.folder)) for path in kept)]) == sorted(whole) and zero and one
+    assert "first: sampling at each temperature in 2 processes: 6 chunks in" in done.stdout and done.stdout.count("week: sampling in") == 1
+
+
+BROKEN = """
+import sys, time
+import torch
+from pathlib import Path
+from posttrain import chunks, distributed
+from rlhf import rejection
+rank, began, scored, written = distributed.rank(), Path({began!r}), rejection.sample_and_score, chunks.write_chunk
+def sample_and_score(roles, *rest):
+    if rank == 1:
+        began.touch()
+        with torch.no_grad():
+            next(p for n, p in roles["policy"].net.named_parameters() if f".{{roles['policy'].adapter}}." in n).fill_(float("nan"))
+    return scored(roles, *rest)
+def write_chunk(path, rows):
+    while not began.exists():
+        time.sleep(0.02)
+    written(path, rows)
+rejection.sample_and_score, chunks.write_chunk = sample_and_score, write_chunk
+sys.argv[0] = "rlhf"
+import rlhf.__main__
+"""
+
+
+def test_an_error_in_one_process_ends_both(tmp_path_factory, tmp_path):
+    run = make_run(tmp_path_factory, tmp_path_factory.mktemp("chunks-broken"), {"first": ROUND | {"temperature": 0.5}})
+    cut = launch(run.recipe.path, "first", code=BROKEN.format(began=str(tmp_path / "began")))
+    assert cut.returncode and run.section("first").state() == "started"
+    assert "error (process 1): policy: the policy's log-probabilities are not finite" in cut.stderr, cut.stdout + cut.stderr[-3000:]
+    assert "[rank0]" not in cut.stderr  # the other was ended by the launcher or says that it stands alone: no traceback of a library
+
+
 def test_a_section_that_needs_one_process_says_so(tmp_path_factory):
     stage = {"stage": "evaluate", "models": {"sft": "@sft"}, "prompts": "prompts", **REWARDS, "samples_per_prompt": 2}
     run = make_run(tmp_path_factory, tmp_path_factory.mktemp("refused"), {"eval": stage})
@@ -98,7 +195,7 @@ def test_a_section_that_needs_one_process_says_so(tmp_path_factory):
 
 
 EXCHANGES = """
-import json, sys, torch
+import importlib, json, sys, torch
 from posttrain import distributed as d
 from posttrain.errors import PosttrainError
 d.join()
@@ -114,11 +211,22 @@ if r:
 d.FLAT = 7
 d.add_gradients(p)
 out |= {"add": x.tolist(), "grads": [None if q.grad is None else q.grad.flatten().tolist() for q in p]}
+out |= {"turns": list(d.turns(list("abcdefg")))}
+d.wait()
+count = d.Count()
+count.add(5 + r)
+d.wait()
+out |= {"count": count.add(0), "again": len(d.gather(list(d.turns([])))), "own": d.Count(shared=False).add(5 + r) - r}
+with d.alone():
+    out |= {"alone": [d.world(), d.rank(), d.is_main(), d.share(3), d.gather("x"), d.Count().add(1), list(d.turns([1, 2]))], "here": d.on_this_machine()}
+out |= {"after": d.world()}
 d.agree([torch.zeros(3)], "here")
 try:
     d.agree([torch.tensor([float(r)])], "here")
 except PosttrainError as e:
     out["drift"] = str(e)
+importlib.reload(d)  # the launcher may start both again, on the same store
+out |= {"started again": d.Count().add(0)}
 open(f"{sys.argv[1]}/{r}.json", "w").write(json.dumps(out))
 """
 
@@ -128,10 +236,12 @@ def test_the_exchanges(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     told = [json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1)]
     assert [t.pop("share") for t in told] == [[0, 2, 4], [1, 3]]
+    assert sorted(x for t in told for x in t.pop("turns")) == list("abcdefg")
     assert told[0] == told[1]
     assert "different weights" in told[0].pop("drift")
     assert told[0] == {"from_main": ["only", 0], "gather": ["a", "bb"], "assemble": [0, 10, 20, 30, 40], "few": [0], "numbers": {"x": 4.0},
-                       "add": [3.0, 3.0], "grads": [[3.0] * 6, [1.0] * 4, None]}
+                       "add": [3.0, 3.0], "grads": [[3.0] * 6, [1.0] * 4, None], "count": 11, "again": 2, "own": 5, "started again": 0,
+                       "alone": [1, 0, True, [0, 1, 2], ["x"], 1, [1, 2]], "here": 2, "after": 2}
 
 
 def test_one_process_exchanges_nothing():
@@ -141,6 +251,7 @@ def test_one_process_exchanges_nothing():
     distributed.add_gradients([p])
     distributed.agree([p], "here")
     assert x.tolist() == [1, 1] and p.grad is None and distributed.assemble(["a"]) == ["a"] and distributed.from_main(lambda: 5) == 5
+    assert list(distributed.turns(["a", "b"])) == ["a", "b"] and distributed.Count().add(3) == 3
 
 
 def test_a_launcher_counts_only_where_one_started_us(monkeypatch):

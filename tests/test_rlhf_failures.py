@@ -84,13 +84,8 @@ def test_a_critic_that_breaks_stops_before_its_step_and_reaches_no_checkpoint(st
 
 
 def test_a_policy_that_never_ends_its_answers_is_told_and_ppo_goes_on(tmp_path_factory, monkeypatch):
-    said, end, real = [], 2, generate.choose
-
-    def never(logits, *rest):
-        logits[:, end] = -1e9
-        return real(logits, *rest)
-
-    monkeypatch.setattr(generate, "choose", never)
+    said, real = [], rollout.sample
+    monkeypatch.setattr(rollout, "sample", lambda *words, stop, **more: real(*words, stop=-1, **more))  # no token ends an answer
     section = ppo_section(tmp_path_factory, PPO | {"iterations": 1})
     monkeypatch.setattr(section.log, "say", said.append)
     ppo.run(section)
@@ -192,7 +187,7 @@ def test_samples_that_memory_does_not_hold_together_wait_for_each_other(tmp_path
 
     def free(roles):
         longest = max(len(p.ids) for p in rollout.encode_prompts(section, rejection._prompts(section), roles, 1024)[:8])
-        return round(5.5 * row_bytes(roles, longest + ROUND["max_new_tokens"]) / rollout.KV_SHARE)
+        return round(5.5 * row_bytes(roles, longest + ROUND["max_new_tokens"]) / generate.KV_SHARE)
 
     def killed(*args, batch, **rest):
         seen.append(batch)
@@ -203,7 +198,7 @@ def test_samples_that_memory_does_not_hold_together_wait_for_each_other(tmp_path
     section = round_section(tmp_path_factory)
     monkeypatch.setattr(section.log, "say", said.append)
     with monkeypatch.context() as m:
-        m.setattr(rollout, "free_memory", free)
+        m.setattr(generate, "free_memory", free)
         m.setattr(rollout, "sample", killed)
         with pytest.raises(KeyboardInterrupt):
             rejection.run(section)
@@ -227,7 +222,7 @@ def test_with_memory_enough_the_recipes_batch_stands_and_nothing_is_said(tmp_pat
 def test_memory_for_no_sample_at_all_is_told_and_later_it_goes_on(tmp_path_factory, monkeypatch):
     section = round_section(tmp_path_factory)
     with monkeypatch.context() as m:
-        m.setattr(rollout, "free_memory", lambda roles: 1000)
+        m.setattr(generate, "free_memory", lambda roles: 1000)
         with pytest.raises(PosttrainError, match=r"stages\.s\.max_new_tokens: the keys and values of one sample of \d+ tokens take .*Lower max_new_tokens"):
             rejection.run(section)
     assert section.state() == "started" and "rows_at_once" not in section.manifest["decisions"]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from rlhf_support import REWARDS, Killed, make_run, started
 
-from posttrain import chat
+from posttrain import chat, distributed
+from posttrain.chunks import read_chunk, write_chunk
 from posttrain.errors import PosttrainError
 from posttrain.log import read_lines
 from posttrain.models import roles_for, source_of
 from rlhf import rejection
-from rlhf.rejection import best_of_n, read_chunk, select, write_chunk
+from rlhf.rejection import best_of_n, select
 
 STAGE = {"stage": "rejection", "prompts": "prompts", "policy": "@sft", **REWARDS, "samples_per_prompt": 4, "max_new_tokens": 12, "rows": 20,
          "chunk": 8, "batch": 16, "temperature": 0.5, "micro_batch_tokens": 512, "safety_threshold": 0.5}
@@ -69,27 +70,6 @@ def test_best_of_n_counts_a_prompt_given_twice_as_one():
     bags = [[answer(v, prompt=p)] * 2 for p, v in (("a", 0.0), ("A ", 0.0), ("b", 1.0), ("b", 1.0)) * 4]
     row = best_of_n(bags, [2])[0]
     assert (row["max"], row["max_low"], row["max_high"]) == (0.5, 0.0, 1.0)
-
-
-# -- chunks on disk ------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_chunk_comes_back_and_a_damaged_one_does_not(tmp_path):
-    rows = [answer(0.1 + 0.2, text='ü "q" \u2028 \x00 \n'), answer(-1e-17, finished=False)]
-    path = tmp_path / "0.json"
-    write_chunk(path, rows)
-    whole = path.read_bytes()
-    assert read_chunk(path) == rows and read_chunk(tmp_path / "none.json") is None
-    assert [p.name for p in tmp_path.iterdir()] == ["0.json"]
-    for damaged in (whole[:-1], whole[:40], b"", b"[]", b"null", b'"rows"', b"{}", b'{"rows": []}', whole.replace(b"-1e-17", b"-1e-16"),
-                    whole.replace(b"false", b"true"), b"\xff" + whole):
-        path.write_bytes(damaged)
-        assert read_chunk(path) is None
-    for at in range(0, len(whole), 5):  # any byte
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
-        assert read_chunk(path) in (None, rows)  # rows: the flip hit a space between two tokens of JSON
-        if read_chunk(path) == rows:
-            assert whole[at:at + 1] == b" "
 
 
 # -- the stage -----------------------------------------------------------------------------------------------------------------------
@@ -250,6 +230,14 @@ def test_a_run_killed_while_it_writes_its_outputs_goes_on_to_the_same_bytes(stra
     assert len(read_lines(straight.folder / "samples.jsonl")) == 7
     section, made = again(straight, monkeypatch)
     assert made == [] and files(section) == before
+
+
+def test_of_several_processes_the_main_one_alone_writes_the_outputs(straight, monkeypatch):
+    before, rows = files(straight, "results.json"), rows_of(straight)
+    bags = [rows[i:i + 4] for i in range(0, 40, 4)]  # fewer than were written
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    rejection.write_outputs(straight, bags, bags, select(bags))
+    assert files(straight, "results.json") == before
 
 
 def test_a_chunk_depends_on_no_other_chunk(straight, tmp_path_factory, monkeypatch):

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from posttrain import chat
+from posttrain.chunks import derive_seed
 from posttrain.errors import PosttrainError
 from posttrain.formats import Demonstration, Prompt
 from posttrain.generate import Completion, Sampling
 from posttrain.packing import tree
 from rlhf import rollout
-from rlhf.rollout import Encoded, Rollout, Scored, derive_seed, encode_prompts, make_batches, sample_and_score, sequence_kl
+from rlhf.rollout import Encoded, Rollout, Scored, encode_prompts, make_batches, sample_and_score, sequence_kl
 
 SHAPE = SimpleNamespace(layout="rows", device=torch.device("cpu"), tokenizer=SimpleNamespace(pad_token_id=777))
 PACKED = SimpleNamespace(layout="packed", device=torch.device("cpu"), tokenizer=SimpleNamespace(pad_token_id=777))

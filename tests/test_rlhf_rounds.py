@@ -11,13 +11,14 @@ from rlhf_support import REWARDS, Killed, die, make_run, parents, recipe, starte
 from safetensors.torch import load_file
 
 from posttrain import builtin, chat, plan, report
+from posttrain.chunks import read_chunk, write_chunk
 from posttrain.config import load_recipe
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
 from posttrain.models import roles_for, source_of
 from posttrain.runs import Run, run_sections
 from rlhf import rejection
-from rlhf.rejection import best_temperature, join, read_chunk, select, write_chunk
+from rlhf.rejection import best_temperature, join, select
 
 ROUND = {"stage": "rejection", "prompts": "prompts", "policy": "@sft", **REWARDS, "samples_per_prompt": 3, "max_new_tokens": 12, "rows": 12,
          "chunk": 4, "batch": 16, "temperature": 0.5, "micro_batch_tokens": 512, "safety_threshold": 0.5}

@@ -38,7 +38,8 @@ SHARED = {"temperature": 0.5, "kl_coef": 0.07, "gamma": 0.97, "clip": 0.1, "valu
 STAGE = {"stage": "ppo", "prompts": "prompts", "policy": "@sft", "helpfulness": "@reward_helpfulness", "safety": "@reward_helpfulness",
          "batch_size": B, "mini_batch_size": B, "max_new_tokens": 9, "micro_batch_tokens": 256, "learning_rate": RATE, "critic_learning_rate": CRITIC_RATE,
          "temperature": SHARED["temperature"] + 1e-7, "kl_coef": SHARED["kl_coef"], "gamma": SHARED["gamma"], "gae_lambda": SHARED["lam"],
-         "clip_range": SHARED["clip"], "value_clip_range": SHARED["value_clip"], "max_grad_norm": 1e9, "whiten": "none", "unfinished_score": None}
+         "clip_range": SHARED["clip"], "value_clip_range": SHARED["value_clip"], "max_grad_norm": 1e9, "whiten": "none", "unfinished_score": None,
+         "entropy": True}  # log-probabilities are computed, not taken from a sampler: TRL drew the answers
 
 
 def peer(folder: Path, **task) -> None:

@@ -11,6 +11,7 @@ import torch
 from rlhf_support import REWARDS, Killed, make_run, started
 
 from posttrain import chat
+from posttrain.chunks import derive_seed
 from posttrain.data import prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
@@ -19,7 +20,7 @@ from posttrain.log import read_lines
 from posttrain.models import roles_for, source_of
 from posttrain.runs import Run
 from reward.score import load_scorer
-from rlhf.rollout import derive_seed, encode_prompts
+from rlhf.rollout import encode_prompts
 from safety import evaluate
 from safety.config import EvaluateStage
 from safety.evaluate import compare, difference, kind_of, wins

@@ -1,0 +1,209 @@
+"""Chat completions of an OpenAI-compatible endpoint, with the standard library alone: what may pass by itself is asked for again, the rest is
+told.
+
+The key is read from the environment, sent to the endpoint alone (no redirect is followed), and taken out of every text that comes back.
+"""
+
+import json
+import os
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from http.client import HTTPException
+from urllib.error import HTTPError, URLError
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+
+from posttrain.errors import PosttrainError
+from safety.config import JudgeConfig, is_local
+
+RETRIES = 4
+BACKOFF = 1.0  # seconds before the first retry, doubled for every further one
+LONGEST_WAIT = 60.0  # seconds, also where the endpoint asks for more
+MAX_TOKENS = 2048  # of a reply: a judge that thinks aloud takes a thousand
+MAX_BYTES = 1 << 24  # of a reply's body
+OPTIONAL = ("temperature", "max_tokens")  # left out for an endpoint that refuses them by name, as some of thinking models do
+PASSING = {408, 409, 425, 429}  # these pass by themselves, as every 5xx may
+OF_THE_REQUEST = {400, 403, 413, 422, 451}  # these may be about what was asked: too long, or stopped by a filter
+PROBE = [{"role": "user", "content": "Reply with the word yes."}]
+
+
+class Refused(Exception):
+    """The endpoint works, but not for this request."""
+
+
+class Stopped(Exception):
+    """Not asked, because `Endpoint.stop` is set."""
+
+
+class Fault(Exception):
+    """The endpoint gave no reply. found, do: as in PosttrainError; passing: worth asking again, after `after` seconds at least; of_request: the
+    request may be the reason."""
+
+    def __init__(self, found: str, do: str, passing: bool = False, of_request: bool = False, after: float = 0.0):
+        self.found, self.do, self.passing, self.of_request, self.after = found, do, passing, of_request, after
+        super().__init__(found)
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None
+
+
+class Endpoint:
+    """One model at one address; several threads may ask at once. say: tells the person watching one line. Raises PosttrainError for a key
+    that is not there."""
+
+    def __init__(self, config: JudgeConfig, say: Callable[[str], None]):
+        self.config, self.say = config, say
+        self.place = f"the judge at {config.base_url}"
+        self.stop = threading.Event()
+        self._key = read_key(config)
+        self._opener = build_opener(_NoRedirect, ProxyHandler({} if is_local(config.base_url) else None))
+        self._left_out: set[str] = set()
+        self._told: set[str] = set()
+        self._lock = threading.Lock()
+
+    def reply(self, messages: list[dict], temperature: float) -> str:
+        """The text of the reply to a conversation; '' where it holds none. What may pass is retried with growing waits.
+
+        Raises Fault where the endpoint can't be used, Refused where it can (it answers a short harmless question) but not for these messages,
+        Stopped where `stop` is set meanwhile.
+        """
+        for attempt in range(RETRIES + 1):
+            if self.stop.is_set():
+                raise Stopped
+            try:
+                return self._ask(messages, temperature)
+            except Fault as e:
+                fault = e
+            if not fault.passing:
+                break
+            if attempt < RETRIES:
+                self._tell_once(f"{self.place}: {fault.found}; asking again, up to {RETRIES} times")
+                self.stop.wait(min(max(BACKOFF * 2 ** attempt * random.uniform(0.75, 1.25), fault.after), LONGEST_WAIT))
+        if fault.of_request and self._works():
+            raise Refused(fault.found)
+        raise fault
+
+    def _works(self) -> bool:
+        try:
+            self._ask(PROBE, 0.0)
+        except Fault:
+            return False
+        return True
+
+    def _ask(self, messages: list[dict], temperature: float) -> str:
+        """One request, and one more for every optional field that the endpoint refuses."""
+        wanted = {"temperature": temperature, "max_tokens": MAX_TOKENS}
+        body = {"model": self.config.model, "messages": messages, **{k: v for k, v in wanted.items() if k not in self._left_out}}
+        status, text, after = self._post(body)
+        if status == 200:
+            return self._content(text)
+        named = [k for k in OPTIONAL if k in body and k in text] if status in (400, 422) else []
+        if named:
+            self._left_out.update(named)
+            self._tell_once(f"{self.place} refuses {' and '.join(named)}; asked without")
+            return self._ask(messages, temperature)
+        raise self._fault(status, text, after)
+
+    def _post(self, body: dict) -> tuple[int, str, float]:
+        """(status, body, seconds to wait before another request, where the endpoint says so). Raises Fault where there is no reply at all."""
+        request = Request(f"{self.config.base_url}/chat/completions", json.dumps(body).encode(),
+                          {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "posttrain"})
+        if self._key:
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        until = time.monotonic() + self.config.timeout
+        try:
+            try:
+                got = self._opener.open(request, timeout=self.config.timeout)
+            except HTTPError as e:
+                got = e
+            with got:
+                return got.status, _read(got, until), _seconds(got.headers.get("Retry-After"))
+        except (OSError, HTTPException) as e:
+            raise self._no_reply(e.reason if isinstance(e, URLError) else e) from None
+
+    def _no_reply(self, reason) -> Fault:
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            return Fault(f"its certificate is not trusted ({self._words(reason.verify_message)})", "Correct judge.base_url, or the certificate.")
+        if isinstance(reason, TimeoutError):
+            return Fault(f"no reply within {self.config.timeout:g} s", "See whether it is overloaded, or raise judge.timeout.", passing=True)
+        words = reason.strerror if isinstance(reason, OSError) and reason.strerror else f"{type(reason).__name__}: {reason}"
+        return Fault(self._words(words).lower(), "Start the endpoint, or correct judge.base_url.", passing=True)
+
+    def _fault(self, status: int, text: str, after: float) -> Fault:
+        said = self._words(_message(text))
+        found = f"HTTP {status}" + (f", '{said}'" if said else "")
+        key = f"the key in {self.config.api_key_env}" if self.config.api_key_env else "judge.api_key_env: NAME of the variable that holds the key"
+        do = (f"Check {key}." if status in (401, 403) else
+              "Check judge.base_url (it mostly ends in /v1) and judge.model." if status in (400, 404, 405) or 300 <= status < 400 else
+              "Ask for less at once (judge.concurrency), or wait." if status == 429 else "See what the endpoint's own log says.")
+        return Fault(found, do, status in PASSING or status >= 500, status in OF_THE_REQUEST or status >= 500, after)
+
+    def _content(self, text: str) -> str:
+        try:
+            content = json.loads(text)["choices"][0]["message"].get("content") or ""
+            content = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)  # some reply in parts
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise Fault(f"no chat completion in its reply, '{self._words(_message(text))}'",
+                        "Check judge.base_url: BASE_URL/chat/completions must speak the OpenAI protocol.", passing=True, of_request=True) from None
+        return self._without_key(content.encode("utf-8", "replace").decode())  # half a character can't be written to disk
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+    def _words(self, text: str) -> str:
+        """One short printable line without the key."""
+        return " ".join("".join(c if c.isprintable() else " " for c in self._without_key(text)).split())[:200]
+
+    def _tell_once(self, text: str) -> None:
+        with self._lock:
+            new = text not in self._told
+            self._told.add(text)
+        if new:
+            self.say(text)
+
+
+def read_key(config: JudgeConfig) -> str | None:
+    """The key from the environment variable that the configuration names. Raises PosttrainError where it is not there or no key."""
+    if config.api_key_env is None:
+        return None
+    key = os.environ.get(config.api_key_env, "").strip()
+    if not key:
+        raise PosttrainError("judge.api_key_env", f"the environment variable {config.api_key_env} is not set", "the endpoint's key in it",
+                             f"Set it (export {config.api_key_env}=...), or leave judge.api_key_env out for an endpoint without a key.")
+    if not (key.isascii() and key.isprintable()) or " " in key:  # the standard library would show it in its error
+        raise PosttrainError("judge.api_key_env", f"the environment variable {config.api_key_env} holds characters that can't be sent",
+                             "a key of printable ASCII characters", "Copy the key again.")
+    return key
+
+
+def _read(got, until: float) -> str:
+    """A body, within the time and size allowed: a socket's own timeout starts anew with every piece."""
+    pieces, size = [], 0
+    while size <= MAX_BYTES and (piece := got.read1(1 << 16)):
+        pieces.append(piece)
+        size += len(piece)
+        if time.monotonic() > until:
+            raise TimeoutError
+    return b"".join(pieces).decode("utf-8", "replace")
+
+
+def _seconds(header: str | None) -> float:
+    """A Retry-After header in seconds; 0 where it is absent or a date."""
+    try:
+        return max(0.0, float(header or 0))
+    except ValueError:
+        return 0.0
+
+
+def _message(text: str) -> str:
+    """The message in an error body: {"error": {"message": ...}}, {"error": ...}, {"message": ...}, {"detail": ...}, or the text."""
+    with suppress(ValueError, AttributeError, RecursionError):
+        value = json.loads(text)
+        error = value.get("error") or value
+        return str(error if isinstance(error, str) else error.get("message") or error.get("detail") or text)
+    return text
