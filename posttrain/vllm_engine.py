@@ -1,8 +1,9 @@
 """vLLM behind the interface of `generate.sample`: `engine: vllm` of a section that samples, where it is installed (extra [vllm]).
 
-vLLM runs in a process of its own (watch.py sees to its end), on the same GPU, with one copy of the base that never changes. What changes is the adapter: a role's is
-written as a peft folder whenever its weights are no longer those vLLM has, and asked for under a new name and number; vLLM keeps one adapter
-in memory and drops the one before. What it keeps of a prompt belongs to an adapter's name and folder, so a new adapter reads none of it.
+vLLM runs in a process of its own (watch.py sees to its end), on the same GPU, with one copy of the base that never changes. What changes is the
+adapter: a role's is written as a peft folder whenever its weights are no longer those vLLM has, and asked for under a new name and number; vLLM
+keeps one adapter in memory and drops the one before. What it keeps of a prompt belongs to an adapter's name and folder, so a new adapter reads
+none of it.
 
 Every sample is a request of its own with a seed from a table made beforehand, as in our loop. Its log-probabilities still depend in their
 last bits on which requests share a step, so a section sampled by vLLM is not exact. PPO's update does not see them: it recomputes
@@ -163,7 +164,8 @@ def _watch(engine: VLLM) -> None:
             watcher.kill()
 
     watcher = subprocess.Popen([sys.executable, "-P", str(Path(__file__).with_name("watch.py")), str(os.getpid())], stdin=subprocess.PIPE,
-                               start_new_session=True)  # of its own: an interruption from the keyboard is not for it
+                               stdout=subprocess.PIPE, start_new_session=True)  # of its own: an interruption from the keyboard is not for it
+    watcher.stdout.readline()  # it watches
     weakref.finalize(engine, end, watcher)
 
 

@@ -14,6 +14,7 @@ import psutil
 
 def watch(pid: int) -> None:
     started: dict[int, psutil.Process] = {}
+    print("watching", flush=True)
     while not select.select([sys.stdin], [], [], 0.5)[0]:
         with suppress(psutil.Error):
             started |= {p.pid: p for p in psutil.Process(pid).children(recursive=True)}

@@ -299,7 +299,7 @@ def test_what_a_killed_process_started_ends_too(engine):
         if engine == "ends":
             assert trainer.stdout.readline() == "free\n" and not [c for c in psutil.Process(trainer.pid).children() if "watch.py" in " ".join(c.cmdline())]
         else:
-            time.sleep(3)  # the watch looks twice a second
+            time.sleep(4)  # the watch looks twice a second
         trainer.kill()
         trainer.wait()
         gone, alive = psutil.wait_procs(family, timeout=30 if engine == "lives" else 2)
