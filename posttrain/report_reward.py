@@ -497,9 +497,10 @@ def sweep_table(f: Family) -> list[Table]:
 # ---------------------------------------------------------------- drift
 
 def policy_scores(v: View) -> tuple[View, dict[str, list[float]]] | None:
-    """The run's last section that scored answers with this model, and its raw scores by policy, the newest policy last."""
+    """The run's last section that scored answers with this model, and its raw scores by policy, the newest policy last. Answers under a
+    safety preprompt or to attacks are not those that a reward model meets in training a policy."""
     reference = f"@{word(v.manifest.get('section'), v.name)}"
-    for other in reversed([o for o in v.run if not o.gone]):
+    for other in reversed([o for o in v.run if not o.gone and o.kind not in ("distill", "redteam")]):
         start = f"stages.{word(other.manifest.get('section'), other.name)}."
         score = next((k for k in ("helpfulness", "safety") if dig(other.manifest, "inputs", start + k) == reference), None)
         if score is None:

@@ -668,7 +668,9 @@ def test_runs_with_other_bases_stand_beside(tmp_path):
 
 def test_drift_shows_the_newest_policy_against_the_held_out_pairs(tmp_path):
     """By hand: raw scores -1, -1, 1, 3; held out: mean 0.3, deviation 1.1, 98 % within -1.6 to 2.1."""
-    run = make_run(tmp_path, {"rm": {"stage": "reward"}, "v1_samples": {"stage": "rejection"}, "eval": {"stage": "evaluate"}})
+    run = make_run(tmp_path, {"rm": {"stage": "reward"}, "v1_samples": {"stage": "rejection"}, "eval": {"stage": "evaluate"},
+                              "careful": {"stage": "distill"}})
+    put(run, "careful", {}, samples=[{"step": 0, "helpfulness": -9.0}], inputs={"stages.careful.helpfulness": "@rm"})  # under preprompts: not told
     results = reward_results("helpfulness", 0.66)
     results["held_out"]["drift"] = evaluation(0.58)
     put(run, "rm", results, inputs=inputs("rm"))
