@@ -94,6 +94,7 @@ class Section:
     name: str
     config: cfg.StageConfig
     manifest: dict = field(default_factory=dict)
+    at_end: list = field(default_factory=list)  # called when its stage has ended, however it ended
 
     @property
     def kind(self) -> str:
@@ -417,6 +418,8 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
                     section.count_rows()
                     load_module(section.kind).run(section)
             finally:
+                while section.at_end:
+                    section.at_end.pop()()
                 if not (section.folder / "DONE").exists() and section.manifest:
                     section.manifest["seconds"] = round(section.manifest.get("seconds", 0) + time.time() - run.clock, 1)
                     with suppress(OSError):

@@ -76,7 +76,8 @@ class VLLM:
             raise PosttrainError(self.place, "vllm in float32", "bfloat16: vLLM has no other adapters on a GPU", "Set model.dtype: bfloat16, or engine: ours.")
         if (why := "answers are sampled by vLLM") not in section.manifest.get("inexact_because", []):
             section.inexact(why)
-        self.llm, self.loaded, self.number = None, {}, 0
+        self.llm, self.watch, self.loaded, self.number = None, None, {}, 0
+        section.at_end.append(self.end)
 
     def sample(self, roles: Roles, role: str, prompts: list[list[int]], samples: int, sampling: Sampling, seed: int, *, stop: int, batch: int, tick,
                only) -> list[list[Completion]]:
@@ -136,7 +137,7 @@ class VLLM:
         path, nf4 = resolve(self.model.name_or_path, self.place), self.model.quantization == "nf4"
         for key, value in {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}.items():
             os.environ.setdefault(key, value)
-        _watch(self)
+        self.watch = _watch(self)
         with self._faults("did not start"):
             import vllm
 
@@ -148,6 +149,12 @@ class VLLM:
                 gpu_memory_utilization=SHARE * free / total)
         self.say(f"vLLM {vllm.__version__} samples, with {base / 1e9:.2f} GB for its copy of the base and {memory / 1e9:.2f} GB for keys and values")
 
+    def end(self) -> None:
+        """Free vLLM's memory for the next section: its process ends with the last reference to `llm`."""
+        self.llm, self.loaded = None, {}
+        if self.watch:
+            self.watch()
+
     @contextmanager
     def _faults(self, what: str):
         try:
@@ -157,8 +164,8 @@ class VLLM:
                                  "vLLM to run", "What it printed stands above; engine: ours needs no vLLM.") from e
 
 
-def _watch(engine: VLLM) -> None:
-    """Should this process be killed, vLLM's end too: watch.py. With the engine, the watch ends."""
+def _watch(engine: VLLM) -> weakref.finalize:
+    """Should this process be killed, vLLM's end too: watch.py. The watch ends with the engine, or when what this returns is called."""
     def end(watcher: subprocess.Popen) -> None:
         with watcher:
             watcher.kill()
@@ -166,7 +173,7 @@ def _watch(engine: VLLM) -> None:
     watcher = subprocess.Popen([sys.executable, "-P", str(Path(__file__).with_name("watch.py")), str(os.getpid())], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, start_new_session=True)  # of its own: an interruption from the keyboard is not for it
     watcher.stdout.readline()  # it watches
-    weakref.finalize(engine, end, watcher)
+    return weakref.finalize(engine, end, watcher)
 
 
 def _completion(output, stop: int) -> Completion:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +130,8 @@ def vllm(monkeypatch):
         monkeypatch.setenv(key, "")  # put back as it was afterwards
         monkeypatch.delenv(key)
     monkeypatch.setattr(LLM, "made", [])
-    monkeypatch.setattr(vllm_engine, "_watch", [].append)
+    told = modules["vllm"].watch = []
+    monkeypatch.setattr(vllm_engine, "_watch", lambda engine: told.append("begins") or (lambda: told.append("ends")))
     return modules["vllm"]
 
 
@@ -137,8 +139,8 @@ def vllm(monkeypatch):
 def section(tmp_path):
     """As much of a section as the engine reads."""
     said, model = [], ModelConfig(name_or_path="builtin:tiny-llama", chat_template="chatml", lora=LORA)
-    return SimpleNamespace(place="r.yaml: stages.x", folder=tmp_path, manifest={}, said=said, log=SimpleNamespace(say=said.append), inexact=said.append,
-                           recipe=SimpleNamespace(model=model), config=SimpleNamespace(max_prompt_tokens=30, max_new_tokens=6))
+    return SimpleNamespace(place="r.yaml: stages.x", folder=tmp_path, manifest={}, at_end=[], said=said, log=SimpleNamespace(say=said.append),
+                           inexact=said.append, recipe=SimpleNamespace(model=model), config=SimpleNamespace(max_prompt_tokens=30, max_new_tokens=6))
 
 
 @pytest.fixture
@@ -255,6 +257,16 @@ def test_an_adapter_is_written_once_for_the_same_weights(roles, monkeypatch):
     assert written == ["policy"]
 
 
+def test_vllm_ends_with_its_section_and_can_start_again(roles, section, vllm):
+    first = draw(roles)
+    gone = weakref.ref(LLM.made.pop())
+    assert gone() is roles.engine.llm and vllm.watch == ["begins"]
+    for end in section.at_end:
+        end()
+    assert gone() is None and vllm.watch == ["begins", "ends"]  # no reference is left
+    assert draw(roles) == first and len(LLM.made) == 1
+
+
 def test_the_settings_of_vllm(roles, section, monkeypatch):
     (section.folder / "adapters.tmp" / "left-1").mkdir(parents=True)  # by a run that was killed
     monkeypatch.setattr(vllm_engine, "free_memory", lambda roles: 10**9)
@@ -269,7 +281,6 @@ def test_the_settings_of_vllm(roles, section, monkeypatch):
         "kv_cache_memory_bytes": 8 * generate.row_bytes(roles, 36 + vllm_engine.SPARE)}
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1" and os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
     assert not (section.folder / "adapters.tmp" / "left-1").exists()
-    assert vllm_engine._watch.__self__ == [roles.engine]
     assert section.said[0] == "answers are sampled by vLLM" and "vLLM 0.33.0 samples" in section.said[1]
 
 
@@ -429,6 +440,7 @@ def test_a_killed_round_goes_on_and_says_that_it_is_not_exact(tmp_path_factory, 
     run_sections(Run(run.recipe), ["r"])
     manifest = read_json(folder / "manifest.json")
     assert manifest["exact"] is False and manifest["inexact_because"] == ["answers are sampled by vLLM"]
+    assert vllm.watch == ["begins", "ends"] * 2  # however the stage ends
     assert manifest["inputs"]["stages.r.engine"] == "vllm" and manifest["versions"]["vllm"] is None
     assert len(list((folder / "chunks").iterdir())) == 2 and not (folder / "adapters.tmp").exists()
     assert [len(prompts) for llm in LLM.made for prompts, _, _ in llm.calls] == [6, 6]
