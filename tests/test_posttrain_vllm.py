@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -285,7 +284,7 @@ def test_the_settings_of_vllm(roles, section, monkeypatch):
 
 
 KILLED = """
-import os, subprocess, sys
+import subprocess, sys, time
 from posttrain import vllm_engine
 class Engine: pass
 engine = Engine()
@@ -293,9 +292,10 @@ vllm_engine._watch(engine)
 child = subprocess.Popen([sys.executable, "-c", "import subprocess, time; p = subprocess.Popen(['sleep', '300']); print(p.pid, flush=True); time.sleep(300)"],
                          stdout=subprocess.PIPE, text=True)
 print(child.pid, child.stdout.readline().strip(), flush=True)
+time.sleep(4)  # the watch looks twice a second
 if sys.argv[1] == "ends":
     del engine
-    print("free", flush=True)
+print("ready", flush=True)
 sys.stdin.read()
 """
 
@@ -307,10 +307,8 @@ def test_what_a_killed_process_started_ends_too(engine):
                                cwd=Path(vllm_engine.__file__).parent.parent)
     family = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
     try:
-        if engine == "ends":
-            assert trainer.stdout.readline() == "free\n" and not [c for c in psutil.Process(trainer.pid).children() if "watch.py" in " ".join(c.cmdline())]
-        else:
-            time.sleep(4)  # the watch looks twice a second
+        assert trainer.stdout.readline() == "ready\n"
+        assert sum("watch.py" in " ".join(c.cmdline()) for c in psutil.Process(trainer.pid).children()) == (engine == "lives")
         trainer.kill()
         trainer.wait()
         gone, alive = psutil.wait_procs(family, timeout=30 if engine == "lives" else 2)
