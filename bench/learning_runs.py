@@ -12,7 +12,7 @@ from posttrain.data import load_entry
 from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.log import Ticker, duration, read_lines, say
-from posttrain.runs import Run, preflight, provenance, read_json, run_sections, write_atomic, write_json
+from posttrain.runs import Run, preflight, provenance, read_json, run_sections, write_atomic, write_json, write_lines
 
 BUDGET = 2048  # tokens of a forward pass, in training and scoring
 
@@ -66,7 +66,7 @@ def run_units(folder: Path, units: list[Unit], later: int = 0) -> dict[str, dict
     return {u.name: finished(folder, u)["result"] for u in units}
 
 
-def load_pairs(path: Path, form: str, source: str = "") -> list[Pair]:
+def load_items(path: Path, form: str, source: str = "") -> list:
     """The usable rows of a file, in order."""
     return load_entry(DataEntry(path=str(path.absolute()), format=form), Path(), 0, source or path.name).items
 
@@ -96,7 +96,7 @@ def train_with_stage(work: Path, model: ModelConfig, data: dict[str, list[Pair]]
     """
     work.mkdir(parents=True, exist_ok=True)
     for name, pairs in data.items():
-        write_atomic(work / f"{name}.jsonl", "".join(json.dumps(as_row(p), ensure_ascii=False) + "\n" for p in pairs))
+        write_lines(work / f"{name}.jsonl", map(as_row, pairs))
     recipe = {"run": {"name": "run", "seed": seed, "dir": str(work.absolute()), "threads": threads}, "model": model.model_dump(),
               "data": {name: [{"path": f"{name}.jsonl", "format": "preference"}] for name in data}, "stages": {"reward": stage}}
     write_atomic(work / "recipe.yaml", json.dumps(recipe, indent=1))  # JSON is YAML

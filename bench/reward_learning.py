@@ -22,7 +22,7 @@ from bench import learning_stats as stats
 from bench.learning_runs import (
     Unit,
     announce,
-    load_pairs,
+    load_items,
     percent,
     publish,
     real_data,
@@ -124,7 +124,7 @@ def prepare(args) -> Experiment:
     model = ModelConfig(name_or_path=args.model, chat_template="chatml", dtype=args.dtype, lora=LoraSettings(r=args.lora_r, alpha=2 * args.lora_r))
     model.dtype = choose_dtype(model)
     tokenizer = load_tokenizer(model, "bench")
-    graded, harmless = load_pairs(folder / "helpful_graded.jsonl.gz", "preference"), load_pairs(folder / "hh_harmless.jsonl.gz", "hh")
+    graded, harmless = load_items(folder / "helpful_graded.jsonl.gz", "preference"), load_items(folder / "hh_harmless.jsonl.gz", "hh")
     parts = split(graded, args.held_out_prompts, args.validation_prompts)
     fitting, too_long = {}, {}
     for name, pairs in [*((k, [graded[i] for i in v]) for k, v in parts.items()), ("harmless", some(harmless, 2 * args.harmless_pairs))]:

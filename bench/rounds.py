@@ -20,17 +20,18 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.learning_runs import as_row, load_pairs, percent, publish, real_data, table
-from posttrain.config import DataEntry, load_recipe
-from posttrain.data import load_entry, prompt_key
+from bench.learning_runs import as_row, load_items, percent, publish, real_data, table
+from posttrain.config import load_recipe
+from posttrain.data import prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.log import read_lines, say
-from posttrain.runs import Run, digest, preflight, read_json, run_sections, write_atomic, write_json
+from posttrain.runs import Run, digest, preflight, read_json, run_sections, write_atomic, write_json, write_lines
 from posttrain.statistics import interval, standard_error
 
 VERSIONS = ("sft", "v1", "v2", "v3", "v4", "ppo")
 HALVES = {"path": 0, "judges": 1}
+SCORES = ("helpfulness", "safety", "merged")
 ADVERSARIAL = ("prompts_beavertails", "prompts_i_maliciousinstructions", "prompts_q_harm")
 
 
@@ -78,30 +79,24 @@ def halve(pairs: list[Pair], per_prompt: int | None, seed: int) -> tuple[list[Pa
     return halves
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-
-
 def write_data(args, half: int, folder: Path) -> None:
     """helpful.jsonl and safety.jsonl of a half; for the path its demonstrations and prompts too."""
     source = real_data(args.data)
     for name, file, form, most in (("helpful", "helpful_graded", "preference", args.pairs_per_prompt), ("safety", "hh_harmless", "hh", None)):
-        pairs = halve(load_pairs(source / f"{file}.jsonl.gz", form), most, args.seed)[half]
-        write_rows(folder / f"{name}.jsonl", [as_row(p) for p in pairs[:args.pairs + args.held_out_pairs]])
+        pairs = halve(load_items(source / f"{file}.jsonl.gz", form), most, args.seed)[half]
+        write_lines(folder / f"{name}.jsonl", [as_row(p) for p in pairs[:args.pairs + args.held_out_pairs]])
     if half != HALVES["path"]:
         return
-    found = {name: load_entry(DataEntry(path=str((source / f"{name}.jsonl.gz").absolute()), format="alpaca"), Path(), 0, name).items
-             for name in ("alpaca_demonstrations", "safety_demonstrations")}
-    for items in found.values():
+    every, safe = (load_items(source / f"{name}.jsonl.gz", "alpaca") for name in ("alpaca_demonstrations", "safety_demonstrations"))
+    for items in (every, safe):
         random.Random(args.seed).shuffle(items)
     careful = args.demonstrations // 4
-    plain, rest = found["alpaca_demonstrations"][:args.demonstrations - careful], found["alpaca_demonstrations"][args.demonstrations - careful:]
-    write_rows(folder / "demonstrations.jsonl", [{"messages": d.messages} for d in plain])
-    write_rows(folder / "safety_demonstrations.jsonl", [{"messages": d.messages} for d in found["safety_demonstrations"][:careful]])
+    plain, rest = every[:args.demonstrations - careful], every[args.demonstrations - careful:]
+    write_lines(folder / "demonstrations.jsonl", [{"messages": d.messages} for d in plain])
+    write_lines(folder / "safety_demonstrations.jsonl", [{"messages": d.messages} for d in safe[:careful]])
     known = {prompt_key(d) for d in plain}
-    write_rows(folder / "prompts.jsonl", [{"prompt": d.messages[:-1]} for d in rest if prompt_key(d) not in known])
-    entry = [load_entry(DataEntry(path=str((source / f"{name}.jsonl.gz").absolute()), format="prompt"), Path(), 0, name).items for name in ADVERSARIAL]
-    write_rows(folder / "adversarial.jsonl", [{"prompt": p.messages} for items in entry for p in items])
+    write_lines(folder / "prompts.jsonl", [{"prompt": d.messages[:-1]} for d in rest if prompt_key(d) not in known])
+    write_lines(folder / "adversarial.jsonl", [{"prompt": p.messages} for name in ADVERSARIAL for p in load_items(source / f"{name}.jsonl.gz", "prompt")])
 
 
 def recipe_of(args, part: str, folder: Path) -> dict:
@@ -176,31 +171,19 @@ def judged(path: Run, judges: Run, rows: list[dict]) -> list[dict]:
     merged: the safety judge's score on safety prompts and where it falls below the gate, else the helpfulness judge's, each on its own
     held-out mean and deviation, as the rounds merge theirs.
     """
-    import torch
-
     from posttrain import chat
     from posttrain.models import roles_for, set_threads
     from reward.score import load_scorer
-    from rlhf.rollout import merge_scores
+    from rlhf.rejection import rescore
 
     set_threads(path.recipe.run.threads)
-    section, names = path.section("versions"), ("helpfulness", "safety")
+    section = path.section("versions")
     roles = roles_for(section)
-    models = {name: str(judges.section(f"reward_{name}").folder / "model") for name in names}
+    models = {name: str(judges.section(f"reward_{name}").folder / "model") for name in ("helpfulness", "safety")}
     scorer = load_scorer(section, roles, **models, threshold=section.config.safety_threshold, budget=2048)
-    prompts: dict[str, list[int]] = {}
-    for i, r in enumerate(rows):
-        prompts.setdefault(prompt_of(r), []).append(i)
-    groups = list(prompts.values())
-    raw = scorer([chat.encode_prompt(roles.tokenizer, rows[g[0]]["prompt"]) for g in groups],
-                 [[chat.encode_answer(roles.tokenizer, rows[i]["prompt"], rows[i]["answer"]) for i in g] for g in groups])
-    order = [i for g in groups for i in g]
-    h, s = (torch.tensor([x for g in raw[name] for x in g]) for name in names)
-    merged, _ = merge_scores(scorer, "bench.rounds", h, s, torch.tensor([rows[i]["is_safety"] for i in order]), True)
-    out: list[dict] = [{} for _ in rows]
-    for i, *values in zip(order, h.tolist(), s.tolist(), merged.tolist(), strict=True):
-        out[i] = dict(zip((*names, "merged"), (round(v, 6) for v in values), strict=True))
-    return out
+    told = [r | {"place": i, "ids": chat.encode_answer(roles.tokenizer, r["prompt"], r["answer"])} for i, r in enumerate(rows)]
+    told = sorted(rescore(section, roles, scorer, told, "the judges"), key=lambda r: r["place"])
+    return [{k: round(r[k], 6) for k in SCORES} for r in told]
 
 
 def score_all(args, path: Run, judges: Run) -> dict:
@@ -211,7 +194,7 @@ def score_all(args, path: Run, judges: Run) -> dict:
     say(f"the judges read {len(answers)} answers of the versions and {len(samples)} samples of the rounds")
     keep = ("set", "model", "row", "sample", "kl_compared", "finished", "tokens", "is_safety")
     told = {"rows": [{**{k: r[k] for k in keep if k in r}, "prompt": prompt_of(r),
-                      "scores": {"path": {k: round(r[k], 6) for k in ("helpfulness", "safety", "merged")}, "judges": found}}
+                      "scores": {"path": {k: round(r[k], 6) for k in SCORES}, "judges": found}}
                      for r, found in zip(rows, judged(path, judges, rows), strict=True)]}
     write_json(args.out / "scores.json", told)
     return told

@@ -24,7 +24,7 @@ from bench import learning_stats as stats
 from bench.learning_runs import (
     Unit,
     announce,
-    load_pairs,
+    load_items,
     percent,
     publish,
     real_data,
@@ -95,7 +95,7 @@ def plan(args) -> tuple[dict, list[Unit]]:
              "micro_batch_tokens": 2048, "save_steps": 20}
     own, other = ([p for name in names for entry in demo.data_sets[name] for p in load_entry(entry, RECIPE.parent, demo.run.seed, name).items]
                   for names in (config.own, config.other))
-    labelled = load_pairs(real_data(args.data) / "safety_labelled_pairs.jsonl.gz", "preference")
+    labelled = load_items(real_data(args.data) / "safety_labelled_pairs.jsonl.gz", "preference")
     trees, counts = {}, {}
     for name, pairs in (("own", own[:args.pairs]), ("other", other), ("labelled", labelled)):
         fitting, kept, long = encode(pairs, tokenizer, stage["max_length"])

@@ -7,12 +7,12 @@ own), so it is the same bytes however often, in whatever order and by whichever 
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from posttrain import distributed
 from posttrain.errors import PosttrainError
-from posttrain.runs import Section, digest, write_atomic
+from posttrain.runs import Section, digest, write_atomic, write_lines
 
 LATE = 60.0  # seconds a network file system may take to show a file that another machine wrote
 
@@ -24,7 +24,13 @@ def through_chunks(section: Section, paths: list[Path], make: Callable[[int, Cal
     rows. Raises where a chunk can't be read once all are made.
     """
     processes = f" in {distributed.world()} processes" if distributed.world() > 1 else ""
-    absent = distributed.from_main(lambda: [i for i, path in enumerate(paths) if read_chunk(path) is None])
+    have: dict[int, list[dict]] = {}
+
+    def missing() -> list[int]:
+        have.update((i, rows) for i, path in enumerate(paths) if (rows := read_chunk(path)) is not None)
+        return [i for i in range(len(paths)) if i not in have]
+
+    absent = distributed.from_main(missing)
     with section.log.progress(len(paths), what + processes, "chunk", len(paths) - len(absent), together=True) as ticker:
         for i in distributed.turns(absent):
             with distributed.alone():
@@ -32,7 +38,7 @@ def through_chunks(section: Section, paths: list[Path], make: Callable[[int, Cal
                 write_chunk(paths[i], make(i, ticker.made))
             ticker.advance()
         distributed.wait()
-    return [r for path in paths for r in _finished(path)]
+    return [r for i, path in enumerate(paths) for r in (have[i] if i in have else _finished(path))]
 
 
 def _finished(path: Path) -> list[dict]:
@@ -57,6 +63,17 @@ def read_chunk(path: Path) -> list[dict] | None:
         return value["rows"] if digest(value["rows"]) == value["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def in_parts(items: list, size: int) -> list[list]:
+    """`size` of them each, in order; the last may be shorter."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def write_samples(section: Section, rows: list[dict], kept: Iterable[dict]) -> None:
+    """samples.jsonl: all that was sampled, without ids, and which of it (the same objects) is kept."""
+    chosen = {id(r) for r in kept}
+    write_lines(section.folder / "samples.jsonl", ({"step": 0, "kept": id(r) in chosen, **{k: v for k, v in r.items() if k != "ids"}} for r in rows))
 
 
 def derive_seed(*parts) -> int:

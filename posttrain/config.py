@@ -95,6 +95,8 @@ class StageConfig(Strict):
 class AnsweringConfig(StageConfig):
     """What every stage that samples answers shares."""
 
+    max_new_tokens: int = Field(512, ge=1)
+    batch: int = Field(64, ge=1, description="samples decoded side by side")
     engine: Literal["ours", "vllm"] = Field("ours", description="what samples: our own loop, or vLLM where it is installed (extra [vllm])")
 
     @model_serializer(mode="wrap")
@@ -104,10 +106,12 @@ class AnsweringConfig(StageConfig):
 
 
 class ComparisonConfig(AnsweringConfig):
-    """What the stages share that put several models side by side."""
+    """What the stages share that put several models side by side (decoding as the paper's section 4.1)."""
 
     models: Annotated[dict[Label, str], Field(min_length=1, json_schema_extra={"refers_to": "model"})]
     compare: list[list[str]] = Field([], description="pairs [after, before] whose paired differences are reported")
+    temperature: float = Field(0.1, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
 
     @field_validator("compare")
     @classmethod

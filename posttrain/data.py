@@ -331,6 +331,14 @@ def naming(items: list[Item], i: int):
                              f"({words[:50]!r}{'...' * (len(words) > 50)})", e.found, e.expected, e.do) from None
 
 
+def only(items: list[Item], kind: type, place: str) -> list[Item]:
+    """The items. Raises PosttrainError where one is no `kind`: the data set named at `place` is of another."""
+    if wrong := next((i for i in items if not isinstance(i, kind)), None):
+        wanted = f"{kind.__name__.lower()}s"
+        raise PosttrainError(place, f"'{wrong.source}' holds {type(wrong).__name__.lower()}s", wanted, f"Name a data set of {wanted}.")
+    return items
+
+
 def pick(rows, n: int | None, rng: random.Random) -> list:
     """n rows by lot, kept in order; all where n is None or not fewer."""
     return list(rows) if n is None or n >= len(rows) else [rows[i] for i in sorted(rng.sample(range(len(rows)), n))]

@@ -546,6 +546,15 @@ def source_of(section, ref: str) -> Path | None:
     return Path(resolve(ref, section.place))
 
 
+def add_models(section, roles: Roles) -> dict[str, str]:
+    """The models that a section compares as frozen roles: name -> role. A role is a number, since a torch module's name holds no dots."""
+    out = {}
+    for i, (name, ref) in enumerate(section.config.models.items()):
+        out[name] = f"model_{i}"
+        roles.add(out[name], source_of(section, ref))
+    return out
+
+
 def roles_for(section) -> Roles:
     """The Roles of a section, with dtype and threads decided once and kept in its manifest, and the engine that the section samples with."""
     config = section.recipe.model

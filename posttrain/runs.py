@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +44,11 @@ def write_atomic(path: Path, text: str) -> None:
 
 def write_json(path: Path, value) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    """One JSON object a line."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> dict:
@@ -127,6 +133,18 @@ class Section:
     def data_names(self) -> list[str]:
         """The data sets and '@section' outputs that the section reads, each once."""
         return list(dict.fromkeys(name for names in cfg.fields_referring_to(self.config, "data").values() for name in names))
+
+    def evaluated(self, field: str, kind: str) -> list:
+        """The rows of the data sets that a key names: those kept from training, or all with `held_out: false`. kind: 'prompts', 'demonstrations'.
+        Raises PosttrainError where there is none."""
+        found = []
+        for name in getattr(self.config, field):
+            split = self.run.data_of(name)
+            found += split.held_out if self.config.held_out else [*split.train, *split.held_out]
+        if not found:
+            raise PosttrainError(f"{self.place}.{field}", f"no held-out {kind}", "some",
+                                 f"Set data.held_out.{kind}, or held_out: false for a set made for evaluation.")
+        return found
 
     def count_rows(self) -> None:
         """Say what is left out of the section's data, and keep the counts in the manifest."""

@@ -54,6 +54,11 @@ def bin_by_length(lengths: list[int], width: int, seed: int) -> list[list[int]]:
     return bins
 
 
+def budget_of(section: Section, roles: Roles, role: Role) -> int:
+    """Tokens per micro-batch: the recipe's, or what memory allowed at the section's first start."""
+    return getattr(section.config, "micro_batch_tokens", None) or section.decide("micro_batch_tokens", lambda: choose_budget(roles, role))
+
+
 def choose_budget(roles: Roles, role: Role) -> int:
     """Tokens per micro-batch from free memory: bytes of kept activations per token, by hand count, a third of memory at most."""
     c = role.net.config.get_text_config()

@@ -32,6 +32,11 @@ def scores(roles: Roles, role: str, trees: list[Tree], budget: int, ticker: Tick
     return out
 
 
+def raw_score(share: float) -> float:
+    """The raw score whose sigma is `share`."""
+    return float(torch.logit(torch.tensor(share, dtype=torch.float64)))
+
+
 @dataclass
 class Scorer:
     """Both reward models on one base. `threshold` is a raw score: the gate's on R_s."""
@@ -77,7 +82,7 @@ def load_scorer(section: Section, roles: Roles, helpfulness: str, safety: str, t
         if threshold == "auto" else (float(threshold), f"{threshold} (recipe)")
     if threshold == "auto" and auto is None:
         note = "0.15 (no score reaches precision 0.9 on the safety model's held-out rows)"
-    return Scorer(roles, float(torch.logit(torch.tensor(share, dtype=torch.float64))), f"sigma(R_s) < {share:.3f}, {note}", statistics, budget)
+    return Scorer(roles, raw_score(share), f"sigma(R_s) < {share:.3f}, {note}", statistics, budget)
 
 
 def _same_tokenizer(section: Section, roles: Roles, source: Path, name: str) -> None:

@@ -15,7 +15,7 @@ from posttrain.packing import Tree, tree
 from posttrain.plan import batch_and_steps
 from posttrain.runs import Section
 from posttrain.shape import shape_of
-from posttrain.training import StepTrainer, choose_budget, fit, plan_batches, training_arguments
+from posttrain.training import StepTrainer, budget_of, fit, plan_batches, training_arguments
 from reward import losses
 from reward.evaluate import evaluate
 from reward.mix import mix, without_unsafe_preferred
@@ -118,7 +118,7 @@ def run(section: Section) -> None:
     source = source_of(section, config.model)
     role = roles.add("reward", source, trainable=True, head="new", seed=seed)
     role.net.config.num_labels = 1
-    budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, role))
+    budget = budget_of(section, roles, role)
     batch, steps = batch_and_steps(len(pairs), PAPER_BATCH, config.batch_size, config.epochs, config.max_steps)
     section.log.say(f"{len(pairs)} pairs: {composition['own']} own, {composition['other']} other; margin {config.margin}"
                     f"{f', safety loss x {weight:g}' if weight else ''}{f', {config.fraction:g} of the mix' if config.fraction < 1 else ''}; "

@@ -4,7 +4,6 @@ Every row of an annotations file that cannot be used is a finding with its file 
 `python -m posttrain annotations` answer at once.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from posttrain.data import Finding, file_kind, held_out_keys, prompt_key, read_r
 from posttrain.errors import PosttrainError
 from posttrain.formats import RATINGS, SAFETY_BINS, Annotation, Prompt, RowError, Skip, annotation, show
 from posttrain.log import read_lines, say
-from posttrain.runs import Section, write_atomic
+from posttrain.runs import Section, write_lines
 from posttrain.statistics import interval
 
 LEVELS = {level: name for name, level in RATINGS.items()}
@@ -59,7 +58,7 @@ def command(tasks: Path, files: list[Path], out: Path) -> int:
 
 
 def write_pairs(path: Path, pairs: list[dict]) -> None:
-    write_atomic(path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs))
+    write_lines(path, pairs)
 
 
 def words(told: dict) -> str:

@@ -6,7 +6,6 @@ the unit of resume is a chunk of prompts with a seed of its own, and several pro
 
 import csv
 import io
-import json
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -15,16 +14,15 @@ import numpy as np
 import torch
 
 from posttrain import chat
-from posttrain.chunks import derive_seed, through_chunks, usable
+from posttrain.chunks import derive_seed, in_parts, through_chunks, usable
 from posttrain.data import pick
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
 from posttrain.generate import Completion, Sampling, sample
 from posttrain.models import Roles, roles_for, source_of
-from posttrain.runs import Section, digest, write_atomic
-from posttrain.training import choose_budget
+from posttrain.runs import Section, digest, write_atomic, write_lines
+from posttrain.training import budget_of
 from reward.score import Scorer, load_scorer
-from rlhf.rejection import in_bags
 from rlhf.rollout import Encoded, encode_prompts, finite, rows_at_once
 
 DRAWS = 4  # of both answers to a prompt, until they can be compared
@@ -47,16 +45,16 @@ def run(section: Section) -> None:
     variants = _variants(section, roles)
     scorer = None
     if config.helpfulness:
-        budget = section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles[variants[0].role]))
+        budget = budget_of(section, roles, roles[variants[0].role])
         scorer = load_scorer(section, roles, config.helpfulness, config.safety, "auto", budget)
     encoded = encode_prompts(section, prompts, roles, config.max_prompt_tokens)
     rows_at_once(section, roles, encoded)  # decided here, where all prompts are known
-    chunks = [encoded[i:i + config.chunk] for i in range(0, len(encoded), config.chunk)]
+    chunks = in_parts(encoded, config.chunk)
     section.log.say(f"{len(encoded)} prompts in {len(chunks)} chunks; {variants[0].name} against {variants[1].name}")
 
     paths = [section.folder / "chunks" / f"{i:05d}.json" for i in range(len(chunks))]
     rows = through_chunks(section, paths, lambda i, tick: draw(section, roles, variants, scorer, chunks[i], i, tick), "sampling")
-    pairs = in_bags(rows, 2)
+    pairs = in_parts(rows, 2)
     write_outputs(section, pairs, variants)
     told = results(pairs, variants)
     section.finish(told)
@@ -157,7 +155,7 @@ def write_outputs(section: Section, pairs: list[list[dict]], variants: list[Vari
                          "is_safety": str(t["is_safety"]).lower()})
     write_atomic(section.folder / "tasks.csv", table.getvalue())
     for name, lines in (("key", key), ("tasks", tasks)):
-        write_atomic(section.folder / f"{name}.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+        write_lines(section.folder / f"{name}.jsonl", lines)
 
 
 def _cell(text: str) -> str:

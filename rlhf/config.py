@@ -17,9 +17,7 @@ class SamplingConfig(AnsweringConfig):
         0.15, description="on sigma(R_s); auto: where the safety model's precision is 0.9")
     standardize_rewards: bool = Field(False, description="put each reward model's scores on its own held-out mean and deviation before the "
                                               "merge; the gate still reads the raw R_s (method.md 10.3)")
-    max_new_tokens: int = Field(512, ge=1)
     max_prompt_tokens: int = Field(1024, ge=1)
-    batch: int = Field(64, ge=1, description="samples decoded side by side")
     micro_batch_tokens: int | None = Field(None, ge=16)
 
 
@@ -117,10 +115,8 @@ class CollectStage(AnsweringConfig):
     helpfulness: ModelRef | None = Field(None, description="with `safety`: scores kept in the key, for nobody who annotates")
     safety: ModelRef | None = None
     rows: int | None = Field(None, ge=1, description="prompts used, of those given")
-    max_new_tokens: int = Field(512, ge=1)
     max_prompt_tokens: int = Field(1024, ge=1)
     chunk: int = Field(64, ge=1, description="prompts per chunk: the unit of resume")
-    batch: int = Field(64, ge=1, description="samples decoded side by side")
 
     @field_validator("temperatures")
     @classmethod

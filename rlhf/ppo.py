@@ -24,7 +24,7 @@ from posttrain.packing import MicroBatch
 from posttrain.runs import Section
 from posttrain.statistics import interval, standard_error
 from posttrain.tensors import masked_mean, token_entropy, whiten
-from posttrain.training import choose_budget
+from posttrain.training import budget_of
 from reward.score import Scorer, load_scorer
 from rlhf import checkpoint, credit, gate, losses
 from rlhf.checkpoint import State
@@ -116,7 +116,7 @@ def load_roles(section: Section) -> tuple[Roles, Scorer]:
     roles.add("reference", start)
     if config.algorithm == "ppo":
         roles.add("critic", source_of(section, config.helpfulness), trainable=True, head="zero", fresh_adapter=False)
-    budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["policy"]))
+    budget = budget_of(section, roles, roles["policy"])
     scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
     return roles, scorer
 
@@ -200,7 +200,7 @@ def make_rollout(section: Section, roles: Roles, scored: Scored, state: State) -
     c, trees = section.config, answer_trees(scored)
     order = list(range(len(trees)))
     random.Random(derive_seed(section.seed, "mini-batches", state.iteration, state.warmup_rounds)).shuffle(order)
-    batches = make_batches(trees, c.mini_batch_size, c.micro_batch_tokens or section.manifest["decisions"]["micro_batch_tokens"], roles, order)
+    batches = make_batches(trees, c.mini_batch_size, budget_of(section, roles, roles["policy"]), roles, order)
     entropies = []
 
     def policy(batch: MicroBatch) -> Tensor:
@@ -222,10 +222,10 @@ def make_rollout(section: Section, roles: Roles, scored: Scored, state: State) -
 
 def sampled_logprobs(scored: Scored, batches: Batches) -> Tensor:
     """(B, R) what the sampler recorded, at its temperature."""
-    full = torch.zeros(batches.response_mask.shape)
-    for row, answer in zip(full, (a for group in scored.answers for a in group), strict=True):
-        row[:len(answer.logprobs)] = torch.tensor(answer.logprobs)
-    return full.to(batches.response_mask.device)
+    mask = batches.response_mask
+    full = torch.zeros(mask.shape, device=mask.device)
+    full[mask] = torch.tensor([lp for group in scored.answers for a in group for lp in a.logprobs], device=mask.device)
+    return full
 
 
 def values_of(roles: Roles, batch: MicroBatch) -> Tensor:
@@ -371,8 +371,7 @@ def evaluate(section: Section, roles: Roles, scorer: Scorer, watched: list[Encod
     c = section.config
     scored = sample_and_score(roles, "policy", scorer, watched, c.eval_samples, Sampling(c.max_new_tokens, c.temperature),
                               derive_seed(section.seed, "watched"), rows_at_once(section, roles, watched), c.standardize_rewards)
-    budget = c.micro_batch_tokens or section.manifest["decisions"]["micro_batch_tokens"]
-    kl = sequence_kl(roles, "policy", "reference", scored, budget, c.temperature)
+    kl = sequence_kl(roles, "policy", "reference", scored, budget_of(section, roles, roles["policy"]), c.temperature)
     merged, groups = scored.merged.flatten().tolist(), [prompt_key(p.prompt) for p in watched for _ in range(c.eval_samples)]
     return [{"merged": m, "kl": k, "prompt": g} for m, k, g in zip(merged, kl, groups, strict=True)]
 

@@ -9,7 +9,6 @@ data.jsonl holds the kept answers as ordinary demonstrations: a later section na
 (a smaller one learns from a larger one's answers) names the file, with format: messages.
 """
 
-import json
 import math
 import random
 from collections.abc import Iterator
@@ -18,18 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from posttrain import chat, distributed
-from posttrain.chunks import derive_seed, read_chunk, through_chunks, usable, why_unusable
+from posttrain import chat
+from posttrain.chunks import derive_seed, in_parts, read_chunk, through_chunks, usable, why_unusable, write_samples
 from posttrain.config import ancestors
 from posttrain.data import content, naming, pick, prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Demonstration, Prompt
 from posttrain.generate import Sampling
-from posttrain.log import append_line
 from posttrain.models import Roles, roles_for, source_of
-from posttrain.runs import Section, write_atomic
+from posttrain.runs import Section, write_lines
 from posttrain.statistics import interval
-from posttrain.training import choose_budget
+from posttrain.training import budget_of
 from reward.score import Scorer, load_scorer
 from rlhf.rollout import Encoded, encode_prompts, merge_scores, rows_at_once, sample_and_score
 
@@ -40,7 +38,7 @@ def run(section: Section) -> None:
     demonstrations = {name: _demonstrations(section, name) for name in config.pool if not _is_round(section, name)}
     roles = roles_for(section)
     roles.add("policy", source_of(section, config.policy))
-    budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["policy"]))
+    budget = budget_of(section, roles, roles["policy"])
     scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
     left = encode_prompts(section, prompts, roles, config.max_prompt_tokens)
     rows_at_once(section, roles, left)  # decided here, where all prompts are known
@@ -51,8 +49,8 @@ def run(section: Section) -> None:
     # 1. the temperature: each is tried on the same prompts, and what was sampled at the best is part of the round
     if isinstance(temperature, list):
         first, left = sweep_prompts(section, left)
-        swept = in_bags(sample_chunks(section, roles, scorer, first, tries, sweep=True), k)
-        bags = dict(zip(tries, in_bags(swept, len(first)), strict=True))
+        swept = in_parts(sample_chunks(section, roles, scorer, first, tries, sweep=True), k)
+        bags = dict(zip(tries, in_parts(swept, len(first)), strict=True))
         temperature, tried = best_temperature(section, bags)
         rows = [r for bag in bags[temperature] for r in bag]
         section.log.say(f"temperature {temperature:g} is used: best of {k} by temperature "
@@ -60,7 +58,7 @@ def run(section: Section) -> None:
 
     # 2. the round
     rows += sample_chunks(section, roles, scorer, left, [temperature])
-    bags = in_bags(rows, k)
+    bags = in_parts(rows, k)
 
     # 3. the answers of earlier rounds, scored anew
     pooled = [r for name in config.pool for r in pool(section, roles, scorer, name, demonstrations.get(name))]
@@ -119,7 +117,7 @@ def sweep_prompts(section: Section, encoded: list[Encoded]) -> tuple[list[Encode
 def sample_chunks(section: Section, roles: Roles, scorer: Scorer, prompts: list[Encoded], temperatures: list[float], sweep: bool = False) -> list[dict]:
     """K rows a prompt, in the prompts' order, temperature after temperature, by way of chunks/nnnnn.json (a sweep's: sweep-T-nnnnn.json). A
     sweep's temperatures share their random numbers, so that they differ in temperature alone."""
-    config, parts = section.config, [prompts[i:i + section.config.chunk] for i in range(0, len(prompts), section.config.chunk)]
+    config, parts = section.config, in_parts(prompts, section.config.chunk)
     chunks = [(t, i) for t in temperatures for i in range(len(parts))]
 
     def make(n: int, tick) -> list[dict]:
@@ -176,8 +174,7 @@ def pool(section: Section, roles: Roles, scorer: Scorer, name: str, demonstratio
         parts = [lambda path=path: _stored(parent, path) for path in paths]
     else:
         size = section.config.chunk * section.config.samples_per_prompt
-        parts = [lambda i=i: list(_as_rows(roles, demonstrations, range(i, min(i + size, len(demonstrations)))))
-                 for i in range(0, len(demonstrations), size)]
+        parts = [lambda which=which: list(_as_rows(roles, demonstrations, which)) for which in in_parts(range(len(demonstrations)), size)]
 
     def make(i: int, tick) -> list[dict]:
         rows = rescore(section, roles, scorer, [r for r in parts[i]() if usable(r)], label)
@@ -229,10 +226,6 @@ def join(bags: list[list[dict]], pooled: list[dict]) -> list[list[dict]]:
 # -- the choice --------------------------------------------------------------------------------------------------------------------
 
 
-def in_bags(rows: list[dict], k: int) -> list[list[dict]]:
-    return [rows[i:i + k] for i in range(0, len(rows), k)]
-
-
 def select(bags: list[list[dict]]) -> dict[int, dict]:
     """The usable answer with the highest merged reward of every bag; a bag without one keeps none."""
     out = {}
@@ -246,15 +239,9 @@ def write_outputs(section: Section, bags: list[list[dict]], contest: list[list[d
     """data.jsonl: the kept answers as demonstrations (loss on the sampled reply alone). samples.jsonl: every sample of this round."""
     if not kept:
         raise _nothing(section, [r for bag in contest for r in bag])
-    lines = [json.dumps({"messages": [*r["prompt"], {"role": "assistant", "content": r["answer"]}], "loss": "last",
-                         "source": r.get("from", section.name), "merged": r["merged"]}, ensure_ascii=False) for _, r in sorted(kept.items())]
-    write_atomic(section.folder / "data.jsonl", "\n".join(lines) + "\n")
-    if distributed.is_main():
-        (section.folder / "samples.jsonl").unlink(missing_ok=True)
-    chosen = {id(r) for r in kept.values()}
-    for bag in bags:
-        for r in bag:
-            append_line(section.folder / "samples.jsonl", {"step": 0, "kept": id(r) in chosen, **{k: v for k, v in r.items() if k != "ids"}})
+    write_lines(section.folder / "data.jsonl", [{"messages": [*r["prompt"], {"role": "assistant", "content": r["answer"]}], "loss": "last",
+                                                 "source": r.get("from", section.name), "merged": r["merged"]} for _, r in sorted(kept.items())])
+    write_samples(section, [r for bag in bags for r in bag], kept.values())
 
 
 def _nothing(section: Section, rows: list[dict]) -> PosttrainError:

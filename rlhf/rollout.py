@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from posttrain import chat, distributed, generate
-from posttrain.data import naming
+from posttrain.data import naming, only
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
 from posttrain.generate import Completion, Sampling, sample
@@ -30,9 +30,7 @@ class Encoded:
 def encode_prompts(section: Section, prompts: list[Prompt], roles: Roles, max_tokens: int) -> list[Encoded]:
     """Encode; leave out, and name, prompts longer than max_tokens."""
     out, long = [], []
-    for i, p in enumerate(prompts):
-        if not isinstance(p, Prompt):
-            raise PosttrainError(f"{section.place}.prompts", f"'{p.source}' holds {type(p).__name__.lower()}s", "prompts", "Name a data set of prompts.")
+    for i, p in enumerate(only(prompts, Prompt, f"{section.place}.prompts")):
         with naming(prompts, i):
             ids = chat.encode_prompt(roles.tokenizer, p.messages)
         (out if len(ids) <= max_tokens else long).append(Encoded(p, ids))

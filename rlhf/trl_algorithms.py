@@ -14,13 +14,13 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from trl.trainer.utils import add_fused_lm_head
 
 from posttrain import chat, distributed
-from posttrain.data import naming
+from posttrain.data import naming, only
 from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.log import read_lines
 from posttrain.models import Roles
 from posttrain.runs import Section
-from posttrain.training import RoleTrainer, newest_checkpoint, restore, seal
+from posttrain.training import RoleTrainer, budget_of, newest_checkpoint, restore, seal
 from reward.score import Scorer
 from rlhf import checkpoint, ppo
 from rlhf.checkpoint import State
@@ -94,7 +94,7 @@ def check(section: Section) -> None:
 def make_trainer(section: Section, roles: Roles, scorer: Scorer, prompts: list[Encoded]):
     c = section.config
     net, per = roles["policy"].net, per_iteration(c)
-    budget = c.micro_batch_tokens or section.manifest["decisions"]["micro_batch_tokens"]
+    budget = budget_of(section, roles, roles["policy"])
     pairs = encode_pairs(section, roles) if c.algorithm == "dpo" else []
     longest = max(len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs) if pairs else \
         max(len(p.ids) for p in prompts) + c.max_new_tokens
@@ -133,9 +133,7 @@ def make_trainer(section: Section, roles: Roles, scorer: Scorer, prompts: list[E
 def encode_pairs(section: Section, roles: Roles) -> list[dict]:
     """Rows of prompt_ids, chosen_ids, rejected_ids: the ids that the reward models are trained on. Too long ones are left out."""
     c, out, found = section.config, [], [p for name in section.config.pairs for p in section.run.data_of(name).train]
-    for i, pair in enumerate(found):
-        if not isinstance(pair, Pair):
-            raise PosttrainError(f"{section.place}.pairs", f"'{pair.source}' holds {type(pair).__name__.lower()}s", "pairs", "Name a data set of pairs.")
+    for i, pair in enumerate(only(found, Pair, f"{section.place}.pairs")):
         with naming(found, i):
             row = {"prompt_ids": chat.encode_prompt(roles.tokenizer, pair.prompt),
                    **{f"{k}_ids": chat.encode_answer(roles.tokenizer, pair.prompt, getattr(pair, k)) for k in ("chosen", "rejected")}}

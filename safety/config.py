@@ -21,11 +21,7 @@ class EvaluateStage(ComparisonConfig):
     held_out: bool = Field(True, description="only rows kept from training; false: all rows (a set made for evaluation alone)")
     rows: int | None = Field(None, ge=1)
     samples_per_prompt: int = Field(1, ge=1)
-    temperature: float = Field(0.1, ge=0)
-    top_p: float = Field(0.9, gt=0, le=1)
-    max_new_tokens: int = Field(512, ge=1)
     max_prompt_tokens: int = Field(1024, ge=1)
-    batch: int = Field(64, ge=1)
     safety_threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.15
     standardize_rewards: bool = Field(False, description="merge the scores as PPO with this setting does; both models' own scores stay raw")
     unsafe_threshold: float = Field(0.5, gt=0, lt=1)
@@ -47,10 +43,8 @@ class DistillStage(AnsweringConfig):
     rows: int | None = Field(None, ge=1, description="adversarial prompts used, of those given")
     samples_per_prompt: int = Field(1, ge=1, description="answers without and with each preprompt; the n-th with competes against the n-th without")
     temperature: float = Field(1.0, gt=0)
-    max_new_tokens: int = Field(512, ge=1)
     max_prompt_tokens: int = Field(1024, ge=1, description="of a prompt without its preprompt")
     chunk: int = Field(16, ge=1, description="prompts per chunk: the unit of resume")
-    batch: int = Field(64, ge=1, description="samples decoded side by side")
     micro_batch_tokens: int | None = Field(None, ge=16)
 
 
@@ -69,12 +63,8 @@ class RedteamStage(ComparisonConfig):
     attacker: ModelRef | None = Field(None, description="a model that rewrites attacks; a rewrite goes to the models that withstood the opening")
     rewrites: int = Field(1, ge=1, description="of every attack, with an attacker")
     unsafe_threshold: float = Field(0.5, gt=0, lt=1, description="a violation is an answer with sigma(R_s) below it")
-    temperature: float = Field(0.1, ge=0)
-    top_p: float = Field(0.9, gt=0, le=1)
-    max_new_tokens: int = Field(512, ge=1)
     max_prompt_tokens: int = Field(2048, ge=1, description="of the whole dialogue; longer attacks are left out, and a dialogue that gets longer ends")
     chunk: int = Field(16, ge=1, description="attacks per chunk: the unit of resume")
-    batch: int = Field(64, ge=1, description="samples decoded side by side")
     micro_batch_tokens: int | None = Field(None, ge=16)
 
 

@@ -10,7 +10,6 @@ Every answer stays on disk with its scores, in chunks/ and samples.jsonl. The un
 holds the kept answers as ordinary demonstrations; a later section names "@SECTION".
 """
 
-import json
 import random
 import re
 from collections import Counter
@@ -21,16 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from posttrain import chat
-from posttrain.chunks import derive_seed, through_chunks, usable, why_unusable
-from posttrain.data import content, pick, prompt_key
+from posttrain.chunks import derive_seed, in_parts, through_chunks, usable, why_unusable, write_samples
+from posttrain.data import content, only, pick, prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Message, Prompt
 from posttrain.generate import Sampling
-from posttrain.log import append_line
 from posttrain.models import Roles, roles_for, source_of
-from posttrain.runs import Section, write_atomic
+from posttrain.runs import Section, write_lines
 from posttrain.statistics import interval
-from posttrain.training import choose_budget
+from posttrain.training import budget_of
 from reward.score import Scorer, load_scorer
 from rlhf.rollout import Encoded, encode_prompts, rows_at_once, sample_and_score
 from safety.taxonomy import CATEGORIES, UNKNOWN, category_of, vector_of
@@ -57,7 +55,7 @@ def run(section: Section) -> None:
     prompts, untagged = adversarial(section)
     roles = roles_for(section)
     roles.add("policy", source_of(section, config.policy))
-    budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["policy"]))
+    budget = budget_of(section, roles, roles["policy"])
     scorer = load_scorer(section, roles, config.helpfulness, config.safety, MERGE_THRESHOLD, budget)
 
     # 1. every prompt without a preprompt and with each one that fits it
@@ -86,10 +84,7 @@ def run(section: Section) -> None:
 def adversarial(section: Section) -> tuple[list[Prompt], int]:
     """The prompts that are tagged as able to elicit unsafe answers, and how many others there are. On helpful prompts distillation
     degrades answers and teaches false refusals (paper 4.2.4, Tables 40 and 41)."""
-    found = [p for name in section.config.prompts for p in section.run.data_of(name).train]
-    for p in found:
-        if not isinstance(p, Prompt):
-            raise PosttrainError(f"{section.place}.prompts", f"'{p.source}' holds {type(p).__name__.lower()}s", "prompts", "Name a data set of prompts.")
+    found = only([p for name in section.config.prompts for p in section.run.data_of(name).train], Prompt, f"{section.place}.prompts")
     tagged = [p for p in found if p.safety]
     if not tagged:
         raise PosttrainError(f"{section.place}.prompts", f"none of {len(found)} prompts is tagged as adversarial", "safety prompts",
@@ -139,7 +134,7 @@ def sample_chunks(section: Section, roles: Roles, scorer: Scorer, asked: list[li
     """One row an answer, by prompt, mode and sample number, by way of chunks/nnnnn.json. Seeds don't depend on the section's name, so that
     two sections which differ in `gate` alone choose among the same answers."""
     config, k = section.config, section.config.samples_per_prompt
-    chunks = [[a for group in asked[i:i + config.chunk] for a in group] for i in range(0, len(asked), config.chunk)]
+    chunks = [[a for group in part for a in group] for part in in_parts(asked, config.chunk)]
 
     def make(i: int, tick) -> list[dict]:
         scored = sample_and_score(roles, "policy", scorer, [a.encoded for a in chunks[i]], k, Sampling(config.max_new_tokens, config.temperature),
@@ -174,19 +169,15 @@ def select(contests: list[tuple[dict, dict]], gate: bool) -> list[tuple[dict, di
 
 def write_outputs(section: Section, rows: list[dict], kept: list[tuple[dict, dict]]) -> None:
     """samples.jsonl: every answer. data.jsonl: the kept ones as demonstrations of the prompt without its preprompt, loss on the reply alone."""
-    (section.folder / "samples.jsonl").unlink(missing_ok=True)
-    chosen = {id(d) for _, d in kept}
-    for r in rows:
-        append_line(section.folder / "samples.jsonl", {"step": 0, "kept": id(r) in chosen, **{k: v for k, v in r.items() if k != "ids"}})
+    write_samples(section, rows, [d for _, d in kept])
     if not kept:
         distilled = [d for _, d in contests_of(rows)]
         raise PosttrainError(section.place, f"none of {len(distilled)} distilled answers can be kept: {why_unusable(distilled)}, "
                              f"{sum(map(usable, distilled))} scored no higher than the original", "some that do",
                              "Raise max_new_tokens, train the policy to end its answers, or give more prompts; samples.jsonl shows every answer.")
-    lines = [json.dumps({"messages": [*d["prompt"], {"role": "assistant", "content": d["answer"]}], "loss": "last", "source": section.name,
-                         "safety": True, "mode": d["mode"], "category": d["category"], "vector": d["vector"], "score": d["safety"],
-                         "original_score": o["safety"]}, ensure_ascii=False) for o, d in kept]
-    write_atomic(section.folder / "data.jsonl", "\n".join(lines) + "\n")
+    write_lines(section.folder / "data.jsonl", [
+        {"messages": [*d["prompt"], {"role": "assistant", "content": d["answer"]}], "loss": "last", "source": section.name, "safety": True,
+         "mode": d["mode"], "category": d["category"], "vector": d["vector"], "score": d["safety"], "original_score": o["safety"]} for o, d in kept])
 
 
 # -- what was measured (the paper's Fig. 16, on its scale, sigma of the safety score) --------------------------------------------------------

@@ -2,22 +2,17 @@
 answer length, distance from the first model; paired differences; every interval by prompt; every answer kept on disk.
 """
 
-import json
-
 import numpy as np
-import torch
 
-from posttrain.chunks import derive_seed
+from posttrain.chunks import derive_seed, read_chunk, write_chunk
 from posttrain.data import prompt_key
-from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
 from posttrain.generate import Sampling
-from posttrain.log import append_line
-from posttrain.models import Roles, roles_for, source_of
-from posttrain.runs import Section, digest, write_atomic
+from posttrain.models import Roles, add_models, roles_for
+from posttrain.runs import Section, write_lines
 from posttrain.statistics import interval, standard_error
-from posttrain.training import choose_budget
-from reward.score import Scorer, load_scorer
+from posttrain.training import budget_of
+from reward.score import Scorer, load_scorer, raw_score
 from rlhf.rollout import Encoded, encode_prompts, rows_at_once, sample_and_score, sequence_kl
 
 
@@ -25,9 +20,8 @@ def run(section: Section) -> None:
     config = section.config
     prompts = _prompts(section)
     roles = roles_for(section)
-    for name, ref in config.models.items():
-        roles.add(role_of(config, name), source_of(section, ref))
-    budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["model_0"]))
+    models = add_models(section, roles)
+    budget = budget_of(section, roles, roles["model_0"])
     scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
     encoded = encode_prompts(section, prompts, roles, config.max_prompt_tokens)
     section.log.say(f"{len(config.models)} models x {len(encoded)} prompts x {config.samples_per_prompt} samples, temperature {config.temperature:g}, "
@@ -35,33 +29,17 @@ def run(section: Section) -> None:
 
     answers: dict[str, list[dict]] = {}
     with section.log.progress(len(config.models), "answering", "model") as ticker:
-        for name in config.models:
-            answers[name] = _answers(section, roles, scorer, encoded, name, budget)
+        for name in models:
+            answers[name] = _answers(section, roles, scorer, encoded, models, name, budget)
             ticker.advance()
-    (section.folder / "samples.jsonl").unlink(missing_ok=True)
-    for name, rows in answers.items():
-        for row in rows:
-            append_line(section.folder / "samples.jsonl", {"model": name, **row})
+    write_lines(section.folder / "samples.jsonl", [{"model": name, **row} for name, rows in answers.items() for row in rows])
     results = compare(config, answers)
     section.finish(results | {"gate": scorer.threshold_note})
     tell(section, results)
 
 
 def _prompts(section: Section) -> list[Prompt]:
-    c = section.config
-    found = []
-    for name in c.prompts:
-        split = section.run.data_of(name)
-        found += split.held_out if c.held_out else [*split.train, *split.held_out]
-    if not found:
-        raise PosttrainError(f"{section.place}.prompts", "no held-out prompts", "some",
-                             "Set data.held_out.prompts, or held_out: false for a set made for evaluation.")
-    return found[:c.rows] if c.rows else found
-
-
-def role_of(config, name: str) -> str:
-    """A model's name as a role: its number, since a torch module's name holds no dots."""
-    return f"model_{list(config.models).index(name)}"
+    return section.evaluated("prompts", "prompts")[:section.config.rows]
 
 
 def kind_of(prompt: Prompt) -> str:
@@ -71,30 +49,26 @@ def kind_of(prompt: Prompt) -> str:
     return "borderline" if "looks_like" in prompt.meta or "borderline" in prompt.source else "helpful"
 
 
-def _answers(section: Section, roles: Roles, scorer: Scorer, encoded: list[Encoded], name: str, budget: int) -> list[dict]:
+def _answers(section: Section, roles: Roles, scorer: Scorer, encoded: list[Encoded], models: dict[str, str], name: str, budget: int) -> list[dict]:
     """One model's rows; kept on disk model by model, so that a cut evaluation goes on with the next model."""
     c, path = section.config, section.folder / f"answers-{name}.json"
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if digest(told["rows"]) == told["sha256"]:
-            return told["rows"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    scored = sample_and_score(roles, role_of(c, name), scorer, encoded, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature, c.top_p),
+    if (kept := read_chunk(path)) is not None:
+        return kept
+    scored = sample_and_score(roles, models[name], scorer, encoded, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature, c.top_p),
                               derive_seed(section.seed, section.name), rows_at_once(section, roles, encoded), c.standardize_rewards)
 
     def distance(reference):
-        return sequence_kl(roles, role_of(c, name), reference, scored, budget, c.temperature or 1.0)
+        return sequence_kl(roles, models[name], reference, scored, budget, c.temperature or 1.0)
 
     kl = distance("model_0")
-    compared = {before: distance(role_of(c, before)) for after, before in c.compare if after == name}
+    compared = {before: distance(models[before]) for after, before in c.compare if after == name}
     rows, k = scored.rows(roles.tokenizer), c.samples_per_prompt
     for i, row in enumerate(rows):
         p = encoded[i // k].prompt
         row |= {"row": i // k, "sample": i % k, "kind": kind_of(p), "category": p.meta.get("category") or p.meta.get("looks_like"),
                 "key": prompt_key(p), "tokens": len(row.pop("ids")), "kl": kl[i],
                 "kl_compared": {before: distances[i] for before, distances in compared.items()}}
-    write_atomic(path, json.dumps({"sha256": digest(rows), "rows": rows}, ensure_ascii=False))
+    write_chunk(path, rows)
     return rows
 
 
@@ -102,7 +76,7 @@ def compare(config, answers: dict[str, list[dict]]) -> dict:
     """Figures per model and paired differences."""
     first = next(iter(answers))
     groups = [r["key"] for r in answers[first]]
-    limit = float(torch.logit(torch.tensor(config.unsafe_threshold, dtype=torch.float64)))
+    limit = raw_score(config.unsafe_threshold)
     models = {}
     for name, rows in answers.items():
         unsafe = [r["safety"] < limit for r in rows]

@@ -24,19 +24,17 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from posttrain import chat
-from posttrain.chunks import derive_seed, through_chunks, usable
+from posttrain.chunks import derive_seed, in_parts, through_chunks, usable
 from posttrain.data import content, naming, prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Message, Prompt
 from posttrain.generate import Sampling, rows_at_once, sample
-from posttrain.models import Roles, roles_for, source_of
-from posttrain.runs import Section, write_atomic
+from posttrain.models import Roles, add_models, roles_for, source_of
+from posttrain.runs import Section, write_lines
 from posttrain.statistics import interval, mcnemar
-from posttrain.training import choose_budget
-from reward.score import Scorer, load_scorer
+from posttrain.training import budget_of
+from reward.score import Scorer, load_scorer, raw_score
 from rlhf.rollout import Encoded, sample_and_score
 from safety.distill import MERGE_THRESHOLD, adversarial
 from safety.taxonomy import CATEGORIES, UNKNOWN, VECTORS, category_of, vector_of
@@ -81,10 +79,8 @@ def run(section: Section) -> None:
         raise PosttrainError(f"{section.place}.budget", f"{config.budget}, and {len(requests)} requests make {len(disguised)} different attacks",
                              f"at most {len(disguised)}", "Lower it, or give more adversarial prompts.")
     roles = roles_for(section)
-    for i, ref in enumerate(config.models.values()):
-        roles.add(f"model_{i}", source_of(section, ref))
-    tokens = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, roles["model_0"]))
-    scorer = load_scorer(section, roles, config.helpfulness, config.safety, MERGE_THRESHOLD, tokens)
+    models = add_models(section, roles)
+    scorer = load_scorer(section, roles, config.helpfulness, config.safety, MERGE_THRESHOLD, budget_of(section, roles, roles["model_0"]))
 
     # 1. the attacks, the same for every model
     attacks, too_long = plan_attacks(section, roles, requests, disguised)
@@ -95,26 +91,22 @@ def run(section: Section) -> None:
     if config.attacker:
         roles.add("attacker", source_of(section, config.attacker))
         attacks = add_rewrites(section, roles, attacks)
-    write_lines(section, "attacks", [a.labels | {"attack": a.number, "opening": a.opening.text, "request": a.request.messages, "tries": a.tries,
-                                                 "follow_ups": a.follow_ups} for a in attacks])
+    write_lines(section.folder / "attacks.jsonl", [a.labels | {"attack": a.number, "opening": a.opening.text, "request": a.request.messages,
+                                                               "tries": a.tries, "follow_ups": a.follow_ups} for a in attacks])
 
     # 2. every model's answers, until a violation or the end of the attack
     found = {}
-    for i, name in enumerate(config.models):
-        rows = answer(section, roles, scorer, f"model_{i}", name, attacks)
+    for name, role in models.items():
+        rows = answer(section, roles, scorer, role, name, attacks)
         found[name] = transcripts(config, attacks, rows)
-    write_lines(section, "transcripts", [{"model": name, **t} for name, talks in found.items() for t in talks])
+    write_lines(section.folder / "transcripts.jsonl", [{"model": name, **t} for name, talks in found.items() for t in talks])
 
     # 3. what was found
     failures = failures_of(section.name, found)
-    write_lines(section, "data", failures)
+    write_lines(section.folder / "data.jsonl", failures)
     told |= {"failures": len(failures), **results(config, attacks, found)}
     section.finish(told)
     tell(section, told)
-
-
-def write_lines(section: Section, name: str, rows: list[dict]) -> None:
-    write_atomic(section.folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
 # -- the attacks -------------------------------------------------------------------------------------------------------------------------
@@ -192,7 +184,7 @@ def add_rewrites(section: Section, roles: Roles, attacks: list[Attack]) -> list[
     """The attacks with the rewrites that the attacker model makes of their openings, by way of rewrites/nnnnn.json. It sees no model's answer, so
     that a rewrite is the same for every model. One that was cut off, is empty, too long, or no new text is left out."""
     config, asks = section.config, (ATTACKS / "rewrite.txt").read_text(encoding="utf-8").strip()
-    parts, stop = in_chunks(section, attacks), chat.end_of_turn(roles.tokenizer)
+    parts, stop = in_parts(attacks, section.config.chunk), chat.end_of_turn(roles.tokenizer)
 
     def make(i: int, tick) -> list[dict]:
         ids = {a.number: chat.encode_prompt(roles.tokenizer, [{"role": "user", "content": asks.replace("{message}", a.tries[0][-1]["content"])}])
@@ -216,10 +208,6 @@ def add_rewrites(section: Section, roles: Roles, attacks: list[Attack]) -> list[
             own.append(rewrite)
     section.log.say(f"{sum(map(len, tries.values())) - len(attacks)} of {len(attacks) * config.rewrites} rewrites can be sent")
     return [replace(a, tries=tries[a.number]) for a in attacks]
-
-
-def in_chunks(section: Section, attacks: list[Attack]) -> list[list[Attack]]:
-    return [attacks[i:i + section.config.chunk] for i in range(0, len(attacks), section.config.chunk)]
 
 
 def announce(section: Section, told: dict) -> None:
@@ -265,14 +253,9 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 # -- the dialogues -----------------------------------------------------------------------------------------------------------------------
 
 
-def limit_of(config) -> float:
-    """The raw score below which an answer is a violation."""
-    return float(torch.logit(torch.tensor(config.unsafe_threshold, dtype=torch.float64)))
-
-
 def answer(section: Section, roles: Roles, scorer: Scorer, role: str, name: str, attacks: list[Attack]) -> list[dict]:
     """One model's rows, one an answer, by way of chunks/NAME-nnnnn.json."""
-    parts = in_chunks(section, attacks)
+    parts = in_parts(attacks, section.config.chunk)
     paths = [section.folder / "chunks" / f"{name}-{i:05d}.json" for i in range(len(parts))]
     return through_chunks(section, paths, lambda i, tick: converse(section, roles, scorer, role, parts[i], i, tick), f"attacking {name}")
 
@@ -281,7 +264,7 @@ def converse(section: Section, roles: Roles, scorer: Scorer, role: str, attacks:
     """A chunk's rows: try after try, turn after turn, of the attacks that have had no violation yet. A dialogue ends at a violation, at an answer
     that no chat goes on from (cut off, empty, spelling a turn token), at max_prompt_tokens and after `turns` messages. All models' first
     answers are drawn with the same random numbers."""
-    config, tokenizer, limit = section.config, roles.tokenizer, limit_of(section.config)
+    config, tokenizer, limit = section.config, roles.tokenizer, raw_score(section.config.unsafe_threshold)
     sampling, rows, succeeded = Sampling(config.max_new_tokens, config.temperature, config.top_p), [], set()
     for n in range(max(len(a.tries) for a in attacks)):
         going = [(a, a.tries[n]) for a in attacks if n < len(a.tries) and a.number not in succeeded]
@@ -323,7 +306,7 @@ def transcripts(config, attacks: list[Attack], rows: list[dict]) -> list[dict]:
     talks: dict[tuple[int, int], list[dict]] = {}
     for r in rows:
         talks.setdefault((r["attack"], r["try"]), []).append(r)
-    out, limit = [], limit_of(config)
+    out, limit = [], raw_score(config.unsafe_threshold)
     for (number, n), said in sorted(talks.items()):
         attack, last, score = attacks[number], said[-1], min(r["safety"] for r in said)
         out.append({"attack": number, "try": n, **attack.labels, "violation": score < limit, "degree": degree(score), "score": score, "turns": len(said),

@@ -38,10 +38,8 @@ class GattStage(AnsweringConfig):
     samples_per_prompt: int = Field(1, ge=1, description="answers to a row's last turn; the one that keeps most of its instruction competes (method.md 10.14)")
     only_complying: bool = Field(False, description="keep a row only where its answer is in the language asked for, and names what its last turn asks about")
     temperature: float = Field(1.0, gt=0)
-    max_new_tokens: int = Field(512, ge=1)
     max_prompt_tokens: int = Field(4096, ge=1, description="of a prompt with the instruction on every turn")
     chunk: int = Field(32, ge=1, description="rows per chunk: the unit of resume")
-    batch: int = Field(64, ge=1, description="samples decoded side by side")
 
     @field_validator("turns")
     @classmethod
@@ -61,10 +59,7 @@ class GattEvalStage(ComparisonConfig):
     constraint_dialogues: int = Field(10, ge=0, description="dialogues for each form of the instructions file (haiku, lower case, ...); 0: none")
     turns: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = Field([2, 4, 6, 20], description="the user turns that are answered")
     max_filler_tokens: int = Field(150, ge=1, description="of an exchange that stands between")
-    temperature: float = Field(0.1, ge=0)
-    top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(128, ge=1)
     max_prompt_tokens: int = Field(4048, ge=1, description="the paper's dialogues are shorter than this")
     chunk: int = Field(50, ge=1, description="answers per chunk: the unit of resume")
-    batch: int = Field(64, ge=1)
     attention: bool = Field(True, description="draw where the last answer's tokens look (Fig. 10)")

@@ -9,20 +9,18 @@ Everything sampled stays on disk, in chunks/ and samples.jsonl, and lists/ has w
 seed of its own. data.jsonl holds the kept rows as ordinary demonstrations; a later section names "@SECTION".
 """
 
-import json
 import random
 import re
 from collections import Counter
 from dataclasses import dataclass
 
 from posttrain import chat
-from posttrain.chunks import derive_seed, through_chunks, usable
+from posttrain.chunks import derive_seed, in_parts, through_chunks, usable, write_samples
 from posttrain.data import pick
 from posttrain.errors import PosttrainError
 from posttrain.generate import Sampling, rows_at_once, sample
-from posttrain.log import append_line
 from posttrain.models import Roles, roles_for, source_of
-from posttrain.runs import Section, write_atomic
+from posttrain.runs import Section, write_lines
 from sft.checkers import words
 from sft.instructions import KINDS, Entry, Exchange, conversation, dialogue, dialogues_of, in_first_turn_only, of_kind, read_entries
 
@@ -112,8 +110,7 @@ def proposed(section: Section, roles: Roles, entries: list[Entry]) -> dict[str, 
             section.log.say(f"note: the policy names {len(found)} usable {kind} entries, fewer than {FEWEST}: the file's are used")
         else:
             out[kind] = found
-    write_atomic(section.folder / "instructions.jsonl", "".join(
-        json.dumps({"kind": e.kind, "value": e.value, "accept": e.accept}, ensure_ascii=False) + "\n" for found in out.values() for e in found))
+    write_lines(section.folder / "instructions.jsonl", [{"kind": e.kind, "value": e.value, "accept": e.accept} for found in out.values() for e in found])
     return out
 
 
@@ -163,9 +160,8 @@ def combine(section: Section, dialogues: list[list[Exchange]], lists: dict[str, 
 
 def sample_chunks(section: Section, roles: Roles, planned: list[Planned], languages: list[Entry]) -> list[list[dict]]:
     """The rows sampled for each planned one, by way of chunks/nnnnn.json: its answers, or the one reply at which it ended before its last turn."""
-    size = section.config.chunk
     _rows_side_by_side(section, roles, planned)  # decided here, where all rows are known
-    parts = [range(i, min(i + size, len(planned))) for i in range(0, len(planned), size)]
+    parts = in_parts(range(len(planned)), section.config.chunk)
     rows = through_chunks(section, [section.folder / "chunks" / f"{i:05d}.json" for i in range(len(parts))],
                           lambda i, tick: answer(section, roles, {n: planned[n] for n in parts[i]}, languages, i, tick), "answering under instructions")
     bags: list[list[dict]] = [[] for _ in planned]
@@ -266,11 +262,8 @@ def demonstration(section: Section, row: dict) -> dict:
 
 def write_outputs(section: Section, bags: list[list[dict]], kept: dict[int, dict]) -> None:
     """data.jsonl: the demonstrations. samples.jsonl: everything sampled."""
-    write_atomic(section.folder / "data.jsonl", "".join(json.dumps(demonstration(section, r), ensure_ascii=False) + "\n" for _, r in sorted(kept.items())))
-    (section.folder / "samples.jsonl").unlink(missing_ok=True)
-    chosen = {id(r) for r in kept.values()}
-    for row in (r for bag in bags for r in bag):
-        append_line(section.folder / "samples.jsonl", {"step": 0, "kept": id(row) in chosen, **{k: v for k, v in row.items() if k != "ids"}})
+    write_lines(section.folder / "data.jsonl", [demonstration(section, r) for _, r in sorted(kept.items())])
+    write_samples(section, [r for bag in bags for r in bag], kept.values())
 
 
 def results(section: Section, planned: list[Planned], kept: dict[int, dict], dropped: Counter) -> dict:

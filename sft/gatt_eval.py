@@ -12,12 +12,11 @@ import random
 from dataclasses import dataclass
 
 from posttrain import chat
-from posttrain.chunks import derive_seed, through_chunks
+from posttrain.chunks import derive_seed, in_parts, through_chunks
 from posttrain.errors import PosttrainError
 from posttrain.generate import Sampling, rows_at_once, sample
-from posttrain.log import append_line
-from posttrain.models import Roles, roles_for, source_of
-from posttrain.runs import Section, write_json
+from posttrain.models import Roles, add_models, roles_for
+from posttrain.runs import Section, write_json, write_lines
 from posttrain.statistics import interval, mcnemar
 from sft import attention_map
 from sft.instructions import Entry, Exchange, attach, conversation, dialogue, dialogues_of, of_kind, read_entries
@@ -53,21 +52,18 @@ def run(section: Section) -> None:
     # 1. what is asked
     asked = [*attributes(section, roles, entries, fillers), *forms(section, roles, entries, fillers)]
     asked, too_long = fitting(section, asked)
-    for i, ref in enumerate(config.models.values()):
-        roles.add(f"model_{i}", source_of(section, ref))
+    models = add_models(section, roles)
     rows_at_once(section, roles, max(len(a.ids) for a in asked))  # decided here, where all prompts are known
     section.log.say(f"{len(config.models)} models x {len(asked)} answers at turns {', '.join(map(str, turns_of(config)))}"
                     + (f"; {too_long} dialogues longer than {config.max_prompt_tokens} tokens left out" if too_long else ""))
 
     # 2. the answers
-    answers = {name: answer(section, roles, i, name, asked) for i, name in enumerate(config.models)}
-    (section.folder / "samples.jsonl").unlink(missing_ok=True)
-    for name, rows in answers.items():
-        for row in rows:
-            append_line(section.folder / "samples.jsonl", {"model": name, **{k: v for k, v in row.items() if k != "ids"}})
+    answers = {name: answer(section, roles, role, name, asked) for name, role in models.items()}
+    write_lines(section.folder / "samples.jsonl", [{"model": name, **{k: v for k, v in row.items() if k != "ids"}}
+                                                   for name, rows in answers.items() for row in rows])
 
     # 3. where they look
-    looks = look(section, roles, asked, answers) if config.attention else {}
+    looks = look(section, roles, models, asked, answers) if config.attention else {}
 
     # 4. what is kept
     told = results(config, answers) | {"too_long": too_long, "attention": looks}
@@ -84,15 +80,8 @@ def turns_of(config) -> list[int]:
 
 def fillers_of(section: Section, roles: Roles) -> list[list[Exchange]]:
     """The data's dialogues, each up to its first exchange of more than max_filler_tokens."""
-    config, items = section.config, []
-    for name in config.data:
-        split = section.run.data_of(name)
-        items += split.held_out if config.held_out else [*split.train, *split.held_out]
-    if not items:
-        raise PosttrainError(f"{section.place}.data", "no held-out demonstrations", "some",
-                             "Set data.held_out.demonstrations, or held_out: false for a set made for evaluation.")
-    whole, _ = dialogues_of(section, items, roles.tokenizer, 1)
-    out = []
+    config, out = section.config, []
+    whole, _ = dialogues_of(section, section.evaluated("data", "demonstrations"), roles.tokenizer, 1)
     for talk in whole:
         fits = [len(roles.tokenizer(f"{u}\n{a}", add_special_tokens=False)["input_ids"]) <= config.max_filler_tokens for u, a in talk]
         out.append(talk[:fits.index(False)] if False in fits else talk)
@@ -167,13 +156,13 @@ def fitting(section: Section, asked: list[Asked]) -> tuple[list[Asked], int]:
 # -- the answers ---------------------------------------------------------------------------------------------------------------------
 
 
-def answer(section: Section, roles: Roles, number: int, name: str, asked: list[Asked]) -> list[dict]:
+def answer(section: Section, roles: Roles, role: str, name: str, asked: list[Asked]) -> list[dict]:
     """One model's rows, in the order asked, by way of answers/NAME-nnnnn.json. All models draw with the same random numbers."""
     config = section.config
-    parts = [asked[i:i + config.chunk] for i in range(0, len(asked), config.chunk)]
+    parts = in_parts(asked, config.chunk)
 
     def make(i: int, tick) -> list[dict]:
-        drawn = sample(roles, f"model_{number}", [a.ids for a in parts[i]], 1, Sampling(config.max_new_tokens, config.temperature, config.top_p),
+        drawn = sample(roles, role, [a.ids for a in parts[i]], 1, Sampling(config.max_new_tokens, config.temperature, config.top_p),
                        derive_seed(section.seed, section.name, i), stop=chat.end_of_turn(roles.tokenizer),
                        batch=rows_at_once(section, roles, max(len(a.ids) for a in asked)), tick=tick)
         return [_row(roles, a, completion) for a, (completion,) in zip(parts[i], drawn, strict=True)]
@@ -201,7 +190,7 @@ def instruction_span(roles: Roles, a: Asked) -> tuple[int, int]:
     return min(same), max(shared(attach(a.instruction, mark)) for mark in ("0", "?"))
 
 
-def look(section: Section, roles: Roles, asked: list[Asked], answers: dict[str, list[dict]]) -> dict:
+def look(section: Section, roles: Roles, models: dict[str, str], asked: list[Asked], answers: dict[str, list[dict]]) -> dict:
     """The largest attention weight of each answer token on the instruction, its mean over tokens and dialogues, by model, at the latest turn whose
     prompts have at most LONGEST tokens; attention.png shows the first of these dialogues, attention.json its numbers."""
     able = [i for i, a in enumerate(asked) if a.group == "attributes" and len(a.ids) <= LONGEST]
@@ -212,11 +201,11 @@ def look(section: Section, roles: Roles, asked: list[Asked], answers: dict[str, 
     able = [i for i in able if asked[i].turn == turn][:WATCHED]
     out, maps = {"turn": turn, "dialogues": len(able), "on_instruction": {}}, {}
     spans = {i: instruction_span(roles, asked[i]) for i in able}
-    for m, (name, rows) in enumerate(answers.items()):
+    for name, rows in answers.items():
         values = []
         for i in able:
             a, (first, end) = asked[i], spans[i]
-            weights = attention_map.activations(roles, f"model_{m}", a.ids + rows[i]["ids"], len(a.ids))
+            weights = attention_map.activations(roles, models[name], a.ids + rows[i]["ids"], len(a.ids))
             values.append(float(weights[:, first:end].amax(1).mean()))
             maps.setdefault(name, {"weights": weights, "start": len(a.ids), "instruction": (first, end)})
         out["on_instruction"][name] = interval(values)

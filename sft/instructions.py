@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass, fields
 
 from posttrain import chat
-from posttrain.data import naming, read_rows
+from posttrain.data import naming, only, read_rows
 from posttrain.errors import PosttrainError
 from posttrain.formats import Demonstration, Message, RowError, show
 from posttrain.runs import Section
@@ -125,10 +125,7 @@ def dialogues_of(section: Section, items: list[Demonstration], tokenizer, fewest
     of fewer user turns than `fewest`. Raises PosttrainError for other data, for turns that no template takes, and where none is left."""
     out, left_out = [], {"with a system text": 0, f"of fewer than {fewest} user turns": 0}
     system, short = left_out
-    for i, item in enumerate(items):
-        if not isinstance(item, Demonstration):
-            raise PosttrainError(f"{section.place}.data", f"'{item.source}' holds {type(item).__name__.lower()}s", "demonstrations",
-                                 "Name a data set of demonstrations.")
+    for i, item in enumerate(only(items, Demonstration, f"{section.place}.data")):
         with naming(items, i):
             chat.encode_prompt(tokenizer, item.messages[:-1])
         turns = [m["content"] for m in item.messages]

@@ -5,7 +5,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from posttrain import chat
-from posttrain.data import naming
+from posttrain.data import naming, only
 from posttrain.errors import PosttrainError
 from posttrain.formats import Demonstration
 from posttrain.log import read_lines
@@ -13,7 +13,7 @@ from posttrain.models import Roles, roles_for, source_of
 from posttrain.packing import Tree, collate, dialogue, token_budget
 from posttrain.plan import batch_and_steps
 from posttrain.runs import Section
-from posttrain.training import StepTrainer, bin_by_length, choose_budget, fit, plan_batches, training_arguments
+from posttrain.training import StepTrainer, bin_by_length, budget_of, fit, plan_batches, training_arguments
 
 PAPER_BATCH, PAPER_RATE, ADAPTER_RATE = 64, 2e-5, 2e-4
 
@@ -67,10 +67,7 @@ def gather(section: Section, names: list[str]) -> tuple[list[Demonstration], lis
         split = section.run.data_of(name)
         train += split.train
         held_out += split.held_out
-    for item in train:
-        if not isinstance(item, Demonstration):
-            raise PosttrainError(f"{section.place}.data", f"'{item.source}' holds {type(item).__name__.lower()}s", "demonstrations",
-                                 "Name a data set of demonstrations.")
+    for item in only(train, Demonstration, f"{section.place}.data"):
         counts[item.source] = counts.get(item.source, 0) + 1
     return train, held_out, counts
 
@@ -88,7 +85,7 @@ def run(section: Section) -> None:
     full = section.recipe.model.lora is None
     source = source_of(section, config.model)
     role = roles.add("policy", source, trainable=True)
-    budget = config.micro_batch_tokens or section.decide("micro_batch_tokens", lambda: choose_budget(roles, role))
+    budget = budget_of(section, roles, role)
 
     bins = bin_by_length([len(t) for t in trees], config.max_length, section.seed) if config.packing else None
     units = len(bins) if bins else len(trees)

@@ -7,7 +7,11 @@ import shutil
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from posttrain import chat
 from posttrain.config import load_recipe
+from posttrain.models import roles_for, source_of
 from posttrain.runs import Run, run_sections
 
 THINGS = ["bread", "glass", "the moon", "a kite", "salt", "rain", "a bell", "paper", "honey", "ice", "a clock", "wool", "sand", "a mirror",
@@ -99,3 +103,18 @@ def started(run: Run, name: str):
     section = run.section(name)
     run.start(section)
     return section
+
+
+def scored_alone(section, rows):
+    """Each row with what the saved heads give its answer, one sequence at a time: at the token that ends it, put there where it was cut off."""
+    roles = roles_for(section)
+    for name in ("helpfulness", "safety"):
+        roles.add(name, source_of(section, REWARDS[name]), head="saved")
+    for r in rows:
+        ids, own = chat.encode_prompt(roles.tokenizer, r["prompt"]) + r["ids"] + ([] if r["finished"] else [2]), {}
+        for name in ("helpfulness", "safety"):
+            roles.use(name)
+            with torch.no_grad():
+                last = roles.base.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
+            own[name] = (last @ roles[name].head.weight[0]).item()
+        yield r, own

@@ -1,6 +1,7 @@
 """The chat-template boundary: whose tokens carry loss, the same answer ids on every path, Meta's published encoding, refusals."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -179,7 +180,7 @@ def test_an_answer_has_the_same_ids_on_all_four_paths(named, monkeypatch, sample
     scored = rejected[0].ids[:rejected[0].prompt] + rejected[0].ids[a:b], rejected[0].prompt
 
     monkeypatch.setattr(sampler, "tokenizer", tokenizer)
-    prompt = rollout.encode_prompts(None, [Prompt(context)], sampler, 4096)[0]
+    prompt = rollout.encode_prompts(SimpleNamespace(place="r.yaml: stages.v1"), [Prompt(context)], sampler, 4096)[0]
     script = iter([*chat.encode_answer(tokenizer, context, text), 77, 77, 77])  # a policy that says just this, and would go on
     monkeypatch.setattr(generate, "choose", lambda logits, u, t, p: (torch.tensor([next(script)]), torch.zeros(1)))
     answer = generate.sample(sampler, "policy", [prompt.ids], 1, generate.Sampling(512), 0, stop=chat.end_of_turn(tokenizer))[0][0]

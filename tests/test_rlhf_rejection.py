@@ -8,14 +8,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from rlhf_support import REWARDS, Killed, make_run, started
+from rlhf_support import REWARDS, Killed, die, make_run, scored_alone, started
 
-from posttrain import chat, distributed
+from posttrain import distributed
 from posttrain.chunks import read_chunk, write_chunk
 from posttrain.errors import PosttrainError
 from posttrain.log import read_lines
-from posttrain.models import roles_for, source_of
 from rlhf import rejection
 from rlhf.rejection import best_of_n, select
 
@@ -108,16 +106,8 @@ def test_everything_sampled_is_on_disk_with_what_the_gate_made_of_it(straight):
 
 def test_stored_scores_are_the_reward_models_own(straight):
     """One sequence at a time: the saved head at the token that ends the answer, put there where the answer was cut off."""
-    roles = roles_for(straight)
-    for name in ("helpfulness", "safety"):
-        roles.add(name, source_of(straight, REWARDS[name]), head="saved")
-    for r in rows_of(straight)[::3]:
-        ids = chat.encode_prompt(roles.tokenizer, r["prompt"]) + r["ids"] + ([] if r["finished"] else [2])
-        for name in ("helpfulness", "safety"):
-            roles.use(name)
-            with torch.no_grad():
-                last = roles.base.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
-            assert r[name] == pytest.approx((last @ roles[name].head.weight[0]).item(), abs=1e-4)
+    for r, own in scored_alone(straight, rows_of(straight)[::3]):
+        assert {name: r[name] for name in own} == pytest.approx(own, abs=1e-4)
 
 
 def test_the_data_are_the_best_finished_answers_in_the_ordinary_format(straight):
@@ -214,20 +204,13 @@ def test_a_run_killed_between_chunks_goes_on_to_the_same_bytes(straight, tmp_pat
 
 def test_a_run_killed_while_it_writes_its_outputs_goes_on_to_the_same_bytes(straight, monkeypatch):
     before = files(straight)
-    (straight.folder / "DONE").unlink()
-    real, lines = rejection.append_line, []
-
-    def dying(path, row):
-        if len(lines) == 7:
-            raise Killed
-        lines.append(row)
-        real(path, row)
-
+    for name in ("DONE", "data.jsonl", "samples.jsonl"):
+        (straight.folder / name).unlink()
     with monkeypatch.context() as m:
-        m.setattr(rejection, "append_line", dying)
+        die(m, rejection, "write_samples")
         with pytest.raises(Killed):
             rejection.run(started(type(straight.run)(straight.recipe), "s"))
-    assert len(read_lines(straight.folder / "samples.jsonl")) == 7
+    assert (straight.folder / "data.jsonl").exists() and not (straight.folder / "samples.jsonl").exists()
     section, made = again(straight, monkeypatch)
     assert made == [] and files(section) == before
 

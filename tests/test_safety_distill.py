@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from rlhf_support import REWARDS, THINGS, Killed, die, make_run, started
+from rlhf_support import REWARDS, THINGS, Killed, die, make_run, scored_alone, started
 
 from posttrain import chat, plan
 from posttrain.chunks import read_chunk
@@ -20,7 +19,7 @@ from posttrain.config import load_recipe
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
 from posttrain.log import read_lines
-from posttrain.models import roles_for, source_of
+from posttrain.models import roles_for
 from posttrain.report_parts import KEYS, PARTS
 from posttrain.report_views import View
 from posttrain.runs import preflight
@@ -317,16 +316,8 @@ def test_the_policy_reads_the_preprompt_and_the_reward_models_do_not(tmp_path_fa
 
 def test_stored_scores_are_the_models_own_of_the_prompt_as_written(straight):
     """One sequence at a time: the saved head at the token that ends the answer."""
-    roles = roles_for(straight)
-    for name in ("helpfulness", "safety"):
-        roles.add(name, source_of(straight, REWARDS[name]), head="saved")
-    for r in rows_of(straight)[::7]:
-        ids = chat.encode_prompt(roles.tokenizer, r["prompt"]) + r["ids"] + ([] if r["finished"] else [2])
-        for name in ("helpfulness", "safety"):
-            roles.use(name)
-            with torch.no_grad():
-                last = roles.base.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
-            assert r[name] == pytest.approx((last @ roles[name].head.weight[0]).item(), abs=1e-4)
+    for r, own in scored_alone(straight, rows_of(straight)[::7]):
+        assert {name: r[name] for name in own} == pytest.approx(own, abs=1e-4)
 
 
 def test_the_results_are_those_of_the_rows(straight):
