@@ -282,7 +282,7 @@ def test_the_command_shows_what_is_wrong_and_writes_what_is_sound(batch, tmp_pat
 def test_one_week(tmp_path_factory, tmp_path, capsys):
     """collect -> the annotator (takes the longer answer) -> pairs -> reward models trained again, by the same command said twice."""
     reward = {"stage": "reward", "model": "@sft", "learning_rate": 5e-3, "epochs": 1, "batch_size": 8, "max_length": 256, "save_steps": 100}
-    stages = {"week": STAGE | {"rows": 32},
+    stages = {"week": STAGE | {"rows": 43, "max_new_tokens": 40, "temperatures": [0.2, 0.5]},
               "week_helpful": {"stage": "annotations", "tasks": "@week", "annotations": ["week.jsonl"], "safety": False, "held_out": 2},
               "week_safety": {"stage": "annotations", "tasks": "@week", "annotations": ["week.jsonl"], "safety": True},
               "reward_helpfulness_2": {**reward, "own": ["helpful", "@week_helpful"], "other": ["safety", "@week_safety"]},
