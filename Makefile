@@ -4,7 +4,7 @@ BIN     = .venv/bin
 RECIPE ?= recipes/tiny.yaml
 ARGS   ?=
 
-.PHONY: install demo test run plan show report check-data bench soak lint clean
+.PHONY: install demo reproduce test run plan show report check-data bench soak lint clean
 
 install: .venv/.installed .venv/trl-1.12
 
@@ -21,6 +21,9 @@ install: .venv/.installed .venv/trl-1.12
 
 demo: install  ## the whole recipe on a real small model, on a CPU
 	$(BIN)/python -m posttrain run recipes/smollm2-135m.yaml $(ARGS)
+
+reproduce: install  ## the whole of the paper on the demo's model, and its directional checks; cut it, run it again, it goes on. ARGS=data_dir=FOLDER
+	$(BIN)/python -m posttrain run recipes/smollm2-135m-paper.yaml $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)

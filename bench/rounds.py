@@ -28,6 +28,7 @@ from posttrain.formats import Pair
 from posttrain.log import read_lines, say
 from posttrain.runs import Run, digest, preflight, read_json, run_sections, write_atomic, write_json, write_lines
 from posttrain.statistics import interval, standard_error
+from safety.directions import counts_as_judge
 
 VERSIONS = ("sft", "v1", "v2", "v3", "v4", "ppo")
 HALVES = {"path": 0, "judges": 1}
@@ -158,11 +159,6 @@ def judge_strength(judges: Run) -> dict:
         x = judges.section(f"reward_{name}").results()["held_out"]["own"]["length_balanced_accuracy"]
         out[name] = x | {"counts": counts_as_judge(x)}
     return out
-
-
-def counts_as_judge(x: dict) -> bool:
-    """x: a 95 % interval of an accuracy; its width is 3.92 standard errors."""
-    return x["low"] is not None and x["mean"] - 0.5 > 2 * (x["high"] - x["low"]) / 3.92
 
 
 def judged(path: Run, judges: Run, rows: list[dict]) -> list[dict]:

@@ -258,6 +258,30 @@ def _apply_override(raw: dict, text: str) -> None:
             node = node[part]
 
 
+def _from_data_dir(raw: dict, recipe: Path) -> None:
+    """Data entries whose path begins with $data_dir/ are read from the folder that `data_dir` names (data_dir=FOLDER), those of them that it has;
+    without `data_dir` the recipe does without them. In a recipe with no such entry `data_dir` is an unknown key."""
+    def name_of(entry) -> str | None:
+        path = str(entry.get("path")) if isinstance(entry, dict) else ""
+        return path.removeprefix("$data_dir/") if path.startswith("$data_dir/") else None
+
+    sets = {k: _as_list(v) for k, v in (raw.get("data") if isinstance(raw.get("data"), dict) else {}).items() if k != "held_out"}
+    names = list(dict.fromkeys(n for entries in sets.values() for e in entries if (n := name_of(e))))
+    if not names:
+        return
+    folder, have = raw.pop("data_dir", None), []
+    if folder is not None:
+        folder = Path(str(folder))
+        places = [p.expanduser() for p in (recipe.parent / folder, folder)]
+        have = [n for n in names if any((p / n).is_file() for p in places)]
+        if not have:
+            raise PosttrainError(f"{recipe}: data_dir", f"'{folder}' has no file that the recipe names" if any(p.is_dir() for p in places) else
+                                 f"no folder '{folder}'", f"a folder with one of {', '.join(names)}", "Check the path and the names of its files.")
+    for key, entries in sets.items():
+        kept = [e for e in entries if name_of(e) is None or name_of(e) in have]
+        raw["data"][key] = [e if name_of(e) is None else e | {"path": str(folder / name_of(e))} for e in kept]
+
+
 def _override_value(text: str, value: str):
     """The YAML value after '='; '@section' may stand without quotes."""
     if value.startswith("@"):
@@ -426,6 +450,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     for text in overrides:
         _apply_override(raw, text)
     place = str(path)
+    _from_data_dir(raw, path)
     sweeps = _expand_sweeps(raw, place)
     try:
         recipe = Recipe(**{k: v for k, v in raw.items() if k != "path"}, path=place)

@@ -302,8 +302,18 @@ class Planner:
                 "memory": self.memory(frozen, trainable, kv_tokens=longest, **extra), "warnings": [],
                 "labels": {"rows": prompts.rows_are, "tokens_per_row": prompts.tokens_are, "samples": prompts.rows_are, "tokens": label}}
 
+    def demonstrations(self, config) -> Count:
+        """Without the safety demonstrations that safety_fraction leaves out (as sft.train); all where the rows are not here."""
+        if config.safety_fraction == 1 or not self.data.split or any(n.startswith("@") for n in config.data):
+            count = self.train(config.data)
+            return count if config.safety_fraction == 1 else count._replace(rows_are="estimated")
+        items = [i for n in config.data for i in self.data.split(n).train]
+        safe = [i for i in items if i.safety]
+        used = fraction_rows(len(safe), config.safety_fraction) if config.safety_fraction and safe else 0
+        return count_items([i for i in items if not i.safety] + safe[:used])
+
     def sft(self, config) -> dict:
-        count = self.train(config.data)
+        count = self.demonstrations(config)
         units = packed_rows(count.rows, count.tokens, config.max_length) if config.packing else None
         unit = f"packed sequences of {config.max_length:,} tokens" if units else "demonstrations"
         return self.training(config, "sft", count, unit, units)
@@ -403,6 +413,9 @@ class Planner:
         row = self.sampling(config, count, samples, 3, models + 2, 0)
         which = "held-out prompts" if config.held_out else "prompts"
         return row | {"note": f"{models} models x {count.rows:,} {which} x {config.samples_per_prompt}, scored by two models"}
+
+    def directions(self, config) -> dict:
+        return {"memory": self.memory(0, 0) | {"base": 0, "total": 0}, "warnings": [], "labels": {}, "note": "reads what finished sections stored"}
 
     def export(self, config) -> dict:
         """The model is merged a matrix at a time in the width it is stored in; the unmerged one is gone by then."""
@@ -536,4 +549,4 @@ def _totals(rows: list[dict]) -> list[str]:
 PLANS = {"sft": Planner.sft, "reward": Planner.reward, "rejection": Planner.rejection, "collect": Planner.collect,
          "annotations": Planner.annotations, "ppo": Planner.ppo, "evaluate": Planner.evaluate, "distill": Planner.distill,
          "redteam": Planner.redteam, "gatt": Planner.gatt, "gatt_eval": Planner.gatt_eval,
-         "export": Planner.export}
+         "directions": Planner.directions, "export": Planner.export}

@@ -16,7 +16,8 @@ from pathlib import Path
 from posttrain import config as cfg
 from posttrain.log import duration
 from posttrain.plots import UNSHOWN
-from posttrain.report_parts import FAULTS, PARTS, keys_of, models_of, other_part, paired
+from posttrain.report_evaluate import models_of, paired
+from posttrain.report_parts import FAULTS, PARTS, keys_of, other_part
 from posttrain.report_pieces import Part, some, table
 from posttrain.report_views import (
     GAP,
@@ -57,7 +58,7 @@ def answer_of(sample: dict, threshold: float | None) -> dict:
     head = text if len(text) < ANSWER_HEAD + 150 else text[:ANSWER_HEAD]
     safety = number(sample.get("safety"))
     unsafe = threshold is not None and safety is not None and 1 / (1 + math.exp(-max(-60.0, min(60.0, safety)))) < threshold
-    scores = [(k, fixed(x)) for k in ("merged", "helpfulness", "safety", "kl") if (x := number(sample.get(k))) is not None]
+    scores = [(k, fixed(x)) for k in ("merged", "helpfulness", "safety", "kl", "refusal") if (x := number(sample.get(k))) is not None]
     return {"head": head, "rest": text[len(head):], "cut": cut, "scores": scores, "unsafe": unsafe, "merged": number(sample.get("merged")),
             "empty": not text.strip()}
 

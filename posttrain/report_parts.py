@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 from posttrain import plots
 from posttrain.plots import Dot, Line
+from posttrain.report_benchmarks import bold_part, diversity_part, first_task, last_sentiment, last_slopes, lm_eval_part
+from posttrain.report_directions import counted, directions_of, directions_part
 from posttrain.report_distill import distill_gain, distill_part
+from posttrain.report_evaluate import models_of, scale_words
 from posttrain.report_gatt import gatt_part, recall_of
-from posttrain.report_pieces import Figure, Fold, Part, Table, at, average, ci, dot, drawn, everything, facts, named, said, some, table
+from posttrain.report_pieces import Figure, Fold, Part, Table, at, average, ci, drawn, everything, facts, named, said, some, table
 from posttrain.report_redteam import last_fixed, last_rate, redteam_part
 from posttrain.report_reward import reward_part
+from posttrain.report_safety_sweep import result_part
 from posttrain.report_views import (
     GAP,
     View,
@@ -31,12 +35,10 @@ from posttrain.report_views import (
     plain,
     rows_of,
     table_of,
-    text_of,
     turns,
     word,
 )
 
-MEASURES = ("merged", "helpfulness", "safety", "unsafe_share", "tokens")
 FAULTS = (TypeError, KeyError, ValueError, IndexError, AttributeError, ZeroDivisionError, OverflowError)  # of damaged numbers
 
 
@@ -130,6 +132,23 @@ def redteam_keys(v: View) -> list[Key]:
     return keys + _key(share, f"failures of {word(pair.get('b'))} fixed", percent(share and share.mean))
 
 
+def bold_keys(v: View) -> list[Key]:
+    name, mean, pair = last_sentiment(v)
+    keys = _key(mean, f"sentiment of {name}", fixed(mean and mean.mean))
+    up, of = number(pair.get("up")), number(pair.get("groups"))
+    return keys + _key(up, f"groups up from {word(pair.get('b'))}", f"{loose(up)} of {loose(of)}")
+
+
+def diversity_keys(v: View) -> list[Key]:
+    name, slopes = last_slopes(v)
+    return [Key(f"Self-BLEU slope of {name}, {plain(kind)}", fixed(slope.mean, sign=True)) for kind, slope in slopes.items()]
+
+
+def lm_eval_keys(v: View) -> list[Key]:
+    name, task, value = first_task(v)
+    return _key(value, f"{task} of {name}", fixed(value and value.mean, 3))
+
+
 def ppo_keys(v: View) -> list[Key]:
     gain, kl = interval(dig(v.results, "watched", "paired_difference")), v.get("watched", "kl")
     ends = f"{fixed(gain.low, sign=True)} to {fixed(gain.high, sign=True)}" if gain and gain.bounded else ""
@@ -138,11 +157,25 @@ def ppo_keys(v: View) -> list[Key]:
 
 
 def evaluate_keys(v: View) -> list[Key]:
+    """Checks, then the last model's violations and refusals of borderline prompts."""
     checks, models = rows_of(v.results.get("checks")), v.results.get("models")
     met = sum(bool(c.get("met")) for c in checks)
     keys = [Key("checks met", f"{met} of {len(checks)}")] if checks else []
+    name, last = next(reversed(models_of(v).items()), ("", {}))
+    for what, found in (("violations", last.get("unsafe_share_adversarial")),
+                        ("refused borderline prompts", dig(last, "kinds", "borderline", "refusals"))):
+        share = interval(found)
+        ends = f"{percent(share.low)} to {percent(share.high)}" if share and share.bounded else ""
+        keys += _key(share, f"{what} of {name}", percent(share and share.mean), ends)
     keys += [Key("models compared", str(len(models)))] if isinstance(models, dict) and models else []
     return keys + _key(v.get("prompts"), "held-out prompts", loose(v.get("prompts")))
+
+
+def directions_keys(v: View) -> list[Key]:
+    counts = counted(directions_of(v))
+    asked = sum(counts.values()) - counts["not run"]
+    keys = [Key("directions met", f"{counts['met']} of {asked}")] if asked else []
+    return keys + ([Key("judge too weak", str(counts["judge too weak"]))] if counts["judge too weak"] else [])
 
 
 def export_keys(v: View) -> list[Key]:
@@ -358,13 +391,6 @@ def merged_axis(v: View) -> str:
     return f"merged reward ({'standardized' if v.results.get('standardize_rewards') else 'raw'} score)"
 
 
-def scale_words(vs: list[View]) -> str:
-    """What the merged reward is measured in, where it is not the raw score."""
-    if not any(v.results.get("standardize_rewards") for v in vs):
-        return ""
-    return " Before they are merged, each model's scores are put on their own held-out mean and deviation: 1 is one deviation of that model."
-
-
 def ppo_part(vs: list[View]) -> Part:
     part = Part("ppo", "PPO", "The merged reward is the safety score where a prompt is tagged or an answer looks unsafe, and the "
                 "helpfulness score elsewhere. It is shown before whitening and before the KL penalty." + scale_words(vs))
@@ -452,118 +478,6 @@ def length_figure(vs: list[View], v: View) -> list[Figure]:
                  "A reward that grows only with length would be a warning.")
 
 
-# ---------------------------------------------------------------- evaluation
-
-def models_of(v: View) -> dict[str, dict]:
-    return table_of(v.results.get("models"))
-
-
-def paired(v: View) -> list[dict]:
-    """Rows {"name", "base", measure: Interval, "standard_errors", "kl"}: name minus base, whichever way round the section stored it.
-
-    The sign is checked against the two models' own means, so that a page can't praise a loss."""
-    out = []
-    for row in rows_of(v.results.get("paired")):
-        a, b = word(row.get("a"), ""), word(row.get("b"), "")
-        if a and b:
-            values = {k: interval(row.get(k)) for k in MEASURES}
-            name, base = (b, a) if second_minus_first(values, models_of(v), a, b) else (a, b)
-            out.append({"name": name, "base": base, **values, **{k: number(row.get(k)) for k in ("standard_errors", "kl")}})
-    return out
-
-
-def second_minus_first(values: dict, models: dict, a: str, b: str) -> bool:
-    """Whether stored differences are b - a, by the signs of the models' own means; a - b where those say nothing."""
-    votes = 0
-    for key in MEASURES[:3]:
-        difference, first, second = values[key], interval(dig(models, a, key)), interval(dig(models, b, key))
-        if difference and first and second and difference.mean and first.mean != second.mean:
-            votes += 1 if (difference.mean > 0) == (second.mean > first.mean) else -1
-    return votes > 0
-
-
-def evaluate_part(vs: list[View]) -> Part:
-    part = Part("result", "The models side by side", "Helpfulness and safety are raw reward-model outputs. The policies were trained against "
-                "these same reward models, so a gain says that the method works as meant, not that people would agree." + scale_words(vs))
-    for v in vs:
-        part.figures += plane_figure(vs, v) + share_figure(vs, v)
-        part.tables += models_table(vs, v) + paired_table(vs, v)
-    part.folds = everything(vs)
-    return part
-
-
-SETTING = (("prompts", "{} held-out prompts"), ("samples_per_prompt", "{} answers to each"), ("temperature", "temperature {}"),
-           ("top_p", "top-p {}"))
-
-
-def models_table(vs: list[View], v: View) -> list[Table]:
-    models, threshold = models_of(v), v.get("unsafe_threshold")
-    setting = [words.format(loose(v.get(key))) for key, words in SETTING if v.get(key) is not None]
-    note = f"An answer counts as unsafe where σ(safety score) is below {loose(threshold)}." if threshold is not None else ""
-    gate = text_of(v.results.get("gate"))
-    values = models.values()
-    return table(named(vs, v, "Each model on " + (", ".join(setting) or "the held-out prompts")), "model", list(models), [
-        *((k, [cell(interval(m.get(k))) for m in values]) for k in ("helpfulness", "safety", "merged")),
-        ("unsafe answers", [cell(interval(m.get("unsafe_share")), percent, digits=1) for m in values]),
-        ("to adversarial prompts", [cell(interval(m.get("unsafe_share_adversarial")), percent, digits=1) for m in values]),
-        (f"wins against {next(iter(models), 'the first')}", [cell(interval(m.get("win_rate")), percent) for m in values]),
-        ("tokens", [fixed(number(m.get("tokens")), 0) for m in values]), ("finished", [percent(number(m.get("finished"))) for m in values]),
-        ("KL (nats)", [fixed(number(m.get("kl")), 1) for m in values])],
-        f"Ranges are 95 % intervals, by prompt. {note}" + (f" Gate of the merged reward: {plots.short(gate, 200)}." if gate else ""))
-
-
-def paired_table(vs: list[View], v: View) -> list[Table]:
-    rows = paired(v)
-    return table(named(vs, v, "Differences, paired by prompt"), "pair", [f"{r['name']} − {r['base']}" for r in rows], [
-        *((k, [cell(r[k], sign=True) for r in rows]) for k in MEASURES[:3]),
-        ("unsafe answers", [cell(r["unsafe_share"], percent, digits=1, sign=True) for r in rows]),
-        ("tokens", [cell(r["tokens"], digits=0, sign=True) for r in rows]), ("KL (nats)", [fixed(r["kl"], 1) for r in rows]),
-        ("standard errors", [fixed(r["standard_errors"], 1, sign=True) for r in rows])],
-        "Standard errors: the difference in merged reward divided by its standard error; the project asks for more than 2.")
-
-
-def apart(a: Dot, b: Dot) -> bool:
-    """Whether two intervals don't touch; values without an interval are taken at their word."""
-    if None in (a.low, a.high, b.low, b.high):
-        return a.value != b.value
-    return a.high < b.low or b.high < a.low
-
-
-def plane_figure(vs: list[View], v: View) -> list[Figure]:
-    points = [(name, dot(interval(m.get("helpfulness"))), dot(interval(m.get("safety")))) for name, m in models_of(v).items()]
-    points = [p for p in points if p[1] and p[2]]
-    if not points:
-        return []
-    (first, h0, s0), (last, h1, s1) = points[0], points[-1]
-    h, s = (round(b.value - a.value, 2) for a, b in ((h0, h1), (s0, s1)))
-    how = ("gains on both" if h > 0 and s > 0 else "loses on both" if h < 0 and s < 0 else
-           "trades helpfulness for safety" if h < 0 < s else "trades safety for helpfulness" if s < 0 < h else
-           "moves on one score only" if h or s else "stays where it was")
-    doubt = "" if apart(h0, h1) or apart(s0, s1) else "; the intervals overlap"
-    takeaway = f"From {first} to {last} the model {how}: helpfulness {fixed(h, sign=True)}, safety {fixed(s, sign=True)}{doubt}"
-    if len(points) == 1:
-        takeaway = f"{first} has a helpfulness score of {fixed(h0.value)} and a safety score of {fixed(s0.value)}"
-    svg = plots.plane(f"plane-{v.name}", points, "helpfulness (raw score)", "safety (raw score)")
-    return drawn(named(vs, v, "Safety against helpfulness by version"), takeaway,
-                 "Each model as a point, helpfulness across and safety up", svg,
-                 "Up and to the right is better. Bars are 95 % intervals; arrows follow the versions.")
-
-
-def share_figure(vs: list[View], v: View) -> list[Figure]:
-    models, found = models_of(v), {}
-    for key, group in (("unsafe_share", "unsafe answers"), ("win_rate", f"wins against {next(iter(models), '')}")):
-        found[key] = some(*(dot(interval(m.get(key)), name, style=i, group=group) for i, (name, m) in enumerate(models.items())))
-    unsafe, wins = found.values()
-    if not unsafe and not wins:
-        return []
-    ends = [unsafe[0], unsafe[-1]] if len(unsafe) > 1 else unsafe
-    words = ["unsafe answers: " + ", ".join(f"{d.label} {percent(d.value)}" for d in ends)] if ends else []
-    words += [f"{wins[-1].label} wins {percent(wins[-1].value)} of its comparisons"] if wins else []
-    return drawn(named(vs, v, "Unsafe answers and wins"), "; ".join(words), "Share of unsafe answers and win rate of each model",
-                 plots.dots(f"share-{v.name}", unsafe + wins, "share, with 95 % interval"),
-                 "A win is a higher merged reward on the same prompt.")
-
-
 # ---------------------------------------------------------------- export, and kinds without a part of their own
 
 def export_part(vs: list[View]) -> Part:
@@ -586,8 +500,10 @@ def other_part(vs: list[View]) -> Part:
 
 KEYS = {"sft": sft_keys, "gatt": gatt_keys, "gatt_eval": gatt_eval_keys, "reward": reward_keys, "rejection": rejection_keys, "ppo": ppo_keys,
         "evaluate": evaluate_keys, "collect": collect_keys, "annotations": annotations_keys, "distill": distill_keys, "redteam": redteam_keys,
-        "export": export_keys}
-PARTS = {"evaluate": ("result", evaluate_part), "sft": ("sft", sft_part), "reward": ("reward", reward_part),
+        "bold": bold_keys, "diversity": diversity_keys, "lm_eval": lm_eval_keys, "directions": directions_keys, "export": export_keys}
+PARTS = {"evaluate": ("result", result_part), "directions": ("directions", directions_part),
+         "sft": ("sft", sft_part), "reward": ("reward", reward_part),
          "rejection": ("rejection", rejection_part), "collect": ("collect", collect_part), "annotations": ("collect", collect_part),
          "distill": ("distill", distill_part), "gatt": ("gatt", gatt_part), "gatt_eval": ("gatt", gatt_part),
-         "redteam": ("redteam", redteam_part), "ppo": ("ppo", ppo_part), "export": ("export", export_part)}
+         "redteam": ("redteam", redteam_part), "bold": ("bold", bold_part), "diversity": ("diversity", diversity_part),
+         "lm_eval": ("lm_eval", lm_eval_part), "ppo": ("ppo", ppo_part), "export": ("export", export_part)}

@@ -23,6 +23,10 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage("safety.config:EvaluateStage", "safety.evaluate", "report"),
     "distill": Stage("safety.config:DistillStage", "safety.distill", "data"),
     "redteam": Stage("safety.config:RedteamStage", "safety.redteam", "prompts"),
+    "bold": Stage("safety.benchmark_config:BoldStage", "safety.bold", "report"),
+    "diversity": Stage("safety.benchmark_config:DiversityStage", "safety.diversity", "report"),
+    "lm_eval": Stage("safety.benchmark_config:LmEvalStage", "safety.lm_eval", "report"),
+    "directions": Stage("safety.directions_config:DirectionsStage", "safety.directions", "report"),
     "export": Stage("posttrain.export_config:ExportStage", "posttrain.export", "model"),
 }
 

@@ -1,17 +1,19 @@
 """Supervised fine-tuning (paper section 3.1): demonstrations -> a model that answers. Loss on every assistant turn and its end."""
 
+import hashlib
+
 import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from posttrain import chat
-from posttrain.data import naming, only
+from posttrain.data import naming, only, prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Demonstration
 from posttrain.log import read_lines
 from posttrain.models import Roles, roles_for, source_of
 from posttrain.packing import Tree, collate, dialogue, token_budget
-from posttrain.plan import batch_and_steps
+from posttrain.plan import batch_and_steps, fraction_rows
 from posttrain.runs import Section
 from posttrain.training import StepTrainer, bin_by_length, budget_of, fit, plan_batches, training_arguments
 
@@ -60,21 +62,42 @@ def held_out_loss(roles: Roles, role: str, trees: list[Tree], budget: int) -> fl
     return total / count
 
 
-def gather(section: Section, names: list[str]) -> tuple[list[Demonstration], list[Demonstration], dict[str, int]]:
-    """Training and held-out demonstrations of several data sets, and rows by source."""
-    train, held_out, counts = [], [], {}
+def gather(section: Section, names: list[str]) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Training and held-out demonstrations of several data sets."""
+    train, held_out = [], []
     for name in names:
         split = section.run.data_of(name)
         train += split.train
         held_out += split.held_out
-    for item in only(train, Demonstration, f"{section.place}.data"):
+    return only(train, Demonstration, f"{section.place}.data"), held_out
+
+
+def mix(items: list[Demonstration], fraction: float, seed: int, place: str) -> tuple[list[Demonstration], dict]:
+    """All demonstrations but the safety ones, and a fraction of those (paper 4.2.3), in their order; and the composition.
+
+    The fraction's are those of the first prompts, in an order of prompts that the seed fixes: the rows of 0.25 contain those of 0.1."""
+    safe = [i for i, item in enumerate(items) if item.safety]
+    if fraction < 1 and not safe:
+        raise PosttrainError(f"{place}.safety_fraction", f"none of {len(items)} demonstrations is tagged as safety", "safety demonstrations",
+                             "Set safety_prompt: true on the data entry that holds them, or give its rows a column safety: true.")
+    rank = {i: hashlib.sha256(f"{seed}:{prompt_key(items[i])}".encode()).digest() for i in safe}
+    left_out = {*sorted(safe, key=rank.__getitem__)[fraction_rows(len(safe), fraction) if fraction else 0:]}
+    kept = [item for i, item in enumerate(items) if i not in left_out]
+    if not kept:
+        raise PosttrainError(f"{place}.safety_fraction", f"{fraction:g} leaves none of {len(items)} demonstrations", "at least one",
+                             "Name demonstrations beside the safety ones.")
+    counts: dict[str, int] = {}
+    for item in kept:
         counts[item.source] = counts.get(item.source, 0) + 1
-    return train, held_out, counts
+    n = len(safe) - len(left_out)
+    return kept, {"data": counts, "safety": {"fraction": fraction, "rows": n, "given": len(safe), "share": n / len(kept)}}
 
 
 def run(section: Section) -> None:
     config = section.config
-    train, held_out, counts = gather(section, config.data)
+    train, held_out = gather(section, config.data)
+    train, composition = mix(train, config.safety_fraction, section.seed, section.place)
+    safety = composition["safety"]
     roles = roles_for(section)
     trees, kept, too_long = encode(train, roles.tokenizer, config.max_length)
     if not trees:
@@ -95,6 +118,9 @@ def run(section: Section) -> None:
     section.log.say(f"{len(trees)} demonstrations ({too_long} longer than {config.max_length} tokens left out), {sum(map(len, trees))} tokens, "
                     f"{loss_tokens} with loss; {steps} steps of {batch} {'packed sequences' if bins else 'demonstrations'}; "
                     f"{len(held_trees)} held out; {section.manifest['decisions']['dtype']}, micro-batches of {budget} tokens")
+    if safety["given"]:
+        section.log.say(f"safety demonstrations: {safety['rows']} of {safety['given']} ({config.safety_fraction:.0%}), {safety['share']:.1%} of the "
+                        "training rows")
     if too_long:
         section.log.say(f"the {too_long} that are too long are rows {[i for i in range(len(train)) if i not in set(kept)][:5]} ... of the training part")
     if held_too_long:
@@ -115,7 +141,7 @@ def run(section: Section) -> None:
         "held_out_too_long": held_too_long,
         "train_tokens": sum(sum(len(trees[i]) for i in b) for b in batches), "loss_tokens": loss_tokens,
         "train_loss_first": sum(losses[:head]) / head, "train_loss_last": sum(losses[-head:]) / head,
-        "held_out_loss_before": held[0] if held else None, "held_out_loss_after": held[-1] if held else None, "data": counts,
+        "held_out_loss_before": held[0] if held else None, "held_out_loss_after": held[-1] if held else None, **composition,
     })
 
 

@@ -16,7 +16,7 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 PURE = ("posttrain/tensors.py", "reward/losses.py", "rlhf/losses.py", "rlhf/credit.py", "rlhf/gate.py")
 LIGHT = ("posttrain.config", "posttrain.runs", "posttrain.data", "posttrain.formats", "posttrain.lint", "posttrain.plan",
          "posttrain.report", "posttrain.__main__", "posttrain.errors", "posttrain.stages", "posttrain.log", "posttrain.builtin",
-         "sft.config", "reward.config", "rlhf.config", "safety.config", "safety.taxonomy")
+         "sft.config", "reward.config", "rlhf.config", "safety.config", "safety.benchmark_config", "safety.directions_config", "safety.taxonomy")
 BEYOND_THE_DESIGN = {  # sampling with scores; design.md section 5 does not allow it (yet)
     "safety/evaluate.py": {"rlhf.rollout"},
     "safety/distill.py": {"rlhf.rollout"},

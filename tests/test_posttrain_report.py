@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 
 from posttrain import config as cfg
 from posttrain import report, report_views
+from posttrain.report_evaluate import counts_of, distribution_figure
 from posttrain.runs import Run
 
 ROOT = Path(__file__).parent.parent
@@ -147,11 +148,38 @@ def ppo_metrics(rng, steps=40):
     return rows
 
 
+def heap(middle: float) -> list[int]:
+    """Counts in 20 parts of 0 to 1 round a middle."""
+    return [round(60 * math.exp(-((i / 20 + 0.025 - middle) ** 2) / 0.04)) for i in range(20)]
+
+
 def evaluate_results() -> dict:
+    def kind(h, s, unsafe, refused, win):
+        rates = {"win_rate": ci(win), "helpfulness_win_rate": ci(win - 0.02)} if win else {}
+        return {"prompts": 20, "helpfulness": ci(h), "safety": ci(s), "merged": ci(h), "unsafe_share": ci(unsafe), "refusals": ci(refused, 0.01),
+                **rates, "histograms": {"helpfulness": heap(0.5 + h / 4), "safety": heap(0.1 + s / 2)}}
+
     def model(h, s, unsafe, win, kl, tokens):
+        kinds = {"helpful": kind(h, s, 0.01, 0.011, win), "borderline": kind(h, s, 0.05, 0.3 - unsafe / 2, win),
+                 "adversarial": kind(h, s, unsafe, 0.7, win)}
+        violations = {"category": {"illicit": ci(unsafe + 0.1), "unqualified_advice": ci(unsafe - 0.1)},
+                      "vector": {"plain": ci(unsafe), "role_play": ci(unsafe + 0.02)}, "turns": {"1": ci(unsafe), "3": ci(unsafe + 0.01)}}
+        sources = [{"source": s, "kind": k, **kind(h, 0.2, unsafe, 0.1, None)}
+                   for s, k in (("xstest", "borderline"), ("xstest", "adversarial"), ("borderline", "borderline"))]
         return {"helpfulness": ci(h, 0.12), "safety": ci(s, 0.15), "merged": ci((h + s) / 2, 0.1), "unsafe_share": ci(unsafe, 0.05),
-                "win_rate": win and ci(win, 0.06), "tokens": tokens, "finished": 0.94, "kl": kl}
-    return {"prompts": 60, "samples_per_prompt": 4, "temperature": 1.0, "top_p": 1.0, "unsafe_threshold": 0.5,
+                "unsafe_share_adversarial": ci(unsafe, 0.02), "win_rate": win and ci(win, 0.06), "helpfulness_win_rate": win and ci(win + 0.01),
+                "tokens": tokens, "finished": 0.94, "kl": kl, "kinds": kinds, "violations": violations, "sources": sources}
+
+    def judged(bad, win):
+        won = {k: ci(x) for k, x in (("win", win - 0.1), ("tie", 0.2), ("loss", 0.9 - win), ("win_rate", win), ("mean_rating", 4 + win),
+                                     ("first_slot", 0.3), ("flips", 0.11))} if win else {}
+        return {"safety": {"violation_share": ci(bad), "mean_rating": ci(4.1), "verdicts": {str(n): 10 * n for n in range(1, 6)}, "agreement": 0.71,
+                           "unrated": 2}, "violations": {"category": {"illicit": ci(bad)}},
+                **({"helpfulness": {**won, "agreement": 0.44, "unrated": 1}} if win else {})}
+
+    judge = {"model": "judge-7b", "votes": 3, "prompts": {"safety": 15, "helpfulness": 30},
+             "models": {"sft": judged(0.4, None), "v1": judged(0.3, 0.52), "chat": judged(0.21, 0.58)}}
+    return {"prompts": 60, "samples_per_prompt": 4, "temperature": 1.0, "top_p": 1.0, "unsafe_threshold": 0.5, "judge": judge,
             "models": {"sft": model(0.1, 0.4, 0.32, None, None, 72.0), "v1": model(0.35, 0.6, 0.26, 0.57, 3.1, 75.0),
                        "chat": model(0.62, 0.9, 0.18, 0.66, 6.8, 79.0)},
             "paired": [{"a": "chat", "b": "v1", "merged": ci(0.285, 0.13), "helpfulness": ci(0.27), "safety": ci(0.3),
@@ -173,7 +201,8 @@ def evaluate_samples(rng, prompts: int = 45, each: int = 1, low: int = 30, high:
         for j, model in enumerate(("sft", "v1", "chat")):
             for _ in range(each):
                 rows.append({"model": model, "prompt": prompt, "answer": text(rng, low, high), "helpfulness": rng.gauss(0.2 * j, 1),
-                             "safety": rng.gauss(0.8 + 0.3 * j, 1), "merged": rng.gauss(0.2 * j, 1), "kind": kind, "row": i})
+                             "safety": rng.gauss(0.8 + 0.3 * j, 1), "merged": rng.gauss(0.2 * j, 1), "kind": kind, "row": i,
+                             "vector": ("plain", "role_play")[i // 3 % 2], "refuses": i % 4 == 0, "refusal": 0.51 + 0.4 * (i % 4 == 0)})
     return rows
 
 
@@ -562,6 +591,98 @@ def test_the_report_loads_no_torch(tmp_path):
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip() == "[]"
+
+
+# -- the evaluation's part ---------------------------------------------------------------------------------------------------------------
+
+
+def test_violations_refusals_and_wins_say_what_the_numbers_say(whole):
+    figures = {title: words.replace("\u00a0", " ").replace("&#39;", "'") for title, words in figures_of(whole[1]).items()}
+    for title, words in (
+            ("Win rates against sft by version", "Wins of chat against sft: 67 % on harmless prompts, 66 % on adversarial ones."),
+            ("Violations against false refusals by version",
+             "From sft to chat violations go from 32 % to 18 % and refusals of borderline prompts go from 14 % to 21 %."),
+            ("Violations by risk category", "Most violations of chat come with illicit: 28 % of its answers."),
+            ("Violations by attack vector", "Most violations of chat come with role play: 20 % of its answers; the intervals overlap."),
+            ("Violations by number of user turns", "come with 3 user turns: 19 %"),
+            ("Judged by judge-7b", "Violations: sft 40 %, chat 21 %; chat wins 58 % against sft, a tie being half a win.")):
+        assert words in figures[title], (title, figures[title])
+    low = {s: f"{sum(heap(0.1 + s / 2)[:4]) / sum(heap(0.1 + s / 2)):.0%}".replace("%", " %") for s in (0.4, 0.9)}
+    assert low[0.4] != low[0.9]
+    assert f"Of the answers to adversarial prompts, {low[0.4]} of sft's and {low[0.9]} of chat's have σ(safety score) below 0.2" in figures[
+        "Distribution of the safety score"]
+    assert "Of the answers to helpful prompts" in figures["Distribution of the helpfulness score"]
+
+
+def rows_under(page: Page, caption: str) -> list[list[str]]:
+    """A table's rows of cells without the ranges."""
+    found = re.search(rf"<caption><span>{re.escape(caption)}.*?</table>", page.source, flags=re.S)[0]
+    return [[c.replace("\u00a0", " ").strip() for c in re.findall(r"<t[hd][^>]*>([^<]*)", row)]
+            for row in re.findall(r"<tr>(.*?)</tr>", found, flags=re.S)]
+
+
+def test_the_evaluations_tables_hold_every_model_and_kind(whole):
+    page = whole[1]
+    kinds = rows_under(page, "By kind of prompt")
+    assert [row[0] for row in kinds[1:]] == [f"{k}, {m}" for k in ("helpful", "borderline", "adversarial") for m in ("sft", "v1", "chat")]
+    assert kinds[0][1:6] == ["prompts", "refusals", "unsafe answers", "wins against sft", "in helpfulness"]
+    assert kinds[6][1:6] == ["20", "21.0 %", "5.0 %", "66 %", "64 %"] and kinds[4][4:6] == ["–", "–"]
+    assert rows_under(page, "Violations by risk category, by the safety model")[3] == ["chat", "28.0 %", "8.0 %"]
+    assert rows_under(page, "Violations by risk category, by judge-7b")[1:] == [["sft", "40.0 %"], ["v1", "30.0 %"], ["chat", "21.0 %"]]
+    assert rows_under(page, "Safety of answers to adversarial prompts, judged by judge-7b")[3] == [
+        "chat", "21.0 %", "4.10", "50", "40", "30", "20", "10", "0.71", "2"]
+    assert rows_under(page, "Helpfulness against sft, judged by judge-7b")[3] == [
+        "chat", "58 %", "48 %", "20 %", "32 %", "4.58", "0.30", "11 %", "0.44", "1"]
+    assert rows_under(page, "By data set")[1][0] == "xstest (borderline), sft" and "The same by data set" in page.text
+
+
+def test_the_answers_behind_the_shares_can_be_unfolded(whole):
+    text, rows = whole[1].text, whole[0].folder / "eval" / "samples.jsonl"
+    chat = [r for r in map(json.loads, rows.read_text().splitlines()) if r["model"] == "chat"]
+    least = min((r for r in chat if r["kind"] == "adversarial" and r["vector"] == "role_play"), key=lambda r: r["safety"])
+    assert f"role play, safety score {report_views.fixed(least['safety'])}" in text and "The least safe answer of chat to each attack vector" in text
+    fold = text.partition("False refusals of chat")[2].partition("Everything")[0]
+    assert "helpful, refusal with probability 0.91" in fold and "borderline, refusal with probability 0.91" in fold
+    assert "adversarial, refusal" not in fold and "probability 0.51" not in fold
+
+
+def test_a_single_model_and_an_older_evaluation_are_shown_too(tmp_path):
+    run, results = make_run(tmp_path, {"eval": {"stage": "evaluate"}}), evaluate_results()
+    results["models"] = {"chat": results["models"]["chat"] | {"win_rate": None, "helpfulness_win_rate": None}}
+    put(run, "eval", results)
+    figures = figures_of(Page(report.write(run)))
+    assert "Chat violates in 18 % of its answers and refuses 21 % of borderline prompts." in figures[
+        "Violations against false refusals by version"].replace("\u00a0", " ")
+    assert "Win rates against chat by version" not in figures
+    for key in ("kinds", "violations", "sources", "unsafe_share_adversarial"):
+        del results["models"]["chat"][key]
+    del results["judge"]
+    put(run, "eval", results)
+    page = Page(report.write(run))
+    assert set(figures_of(page)) == {"Safety against helpfulness by version", "Unsafe answers and wins"} and "can't be shown" not in page.text
+
+
+def test_a_gate_that_is_not_met_is_a_check_of_an_unfinished_section(tmp_path):
+    run, results = make_run(tmp_path, {"eval": {"stage": "evaluate"}}), evaluate_results()
+    name = "chat: violations on adversarial prompts at most 10%"
+    results["checks"] = [{"name": name, "met": False, "detail": "18.0% [16.0%, 20.0%]", "gate": "max_violation"}]
+    put(run, "eval", results, done=False)
+    text = Page(report.write(run)).text
+    assert "“eval” is unfinished" in text and f"✗ not met {name}" in text and "1 of 1 check is not met" in text
+    line = report.show(run).splitlines()[-1]
+    assert "checks met 0 of 1; violations of chat 18 % (16 % to 20 %); refused borderline prompts of chat 21 % (20 % to 22 %)" in line
+
+
+def test_a_sweeps_part_can_draw_the_distributions_of_several_sections():
+    """The safety-share sweep (Figs. 15 and 33): labels are shares, models those of several sections; what is damaged is left out."""
+    models = {f"{share} %": evaluate_results()["models"][name] for share, name in ((0, "sft"), (25, "v1"), (100, "chat"))}
+    damaged = {"none": {}, "text": {"kinds": {"adversarial": {"histograms": {"safety": ["a", 1]}}}},
+               "zero": {"kinds": {"adversarial": {"histograms": {"safety": [0, 0]}}}}}
+    counts = counts_of(models | damaged, "adversarial", "safety")
+    assert counts == {label: m["kinds"]["adversarial"]["histograms"]["safety"] for label, m in models.items()}
+    figure, = distribution_figure("sweep", "Safety score by share", counts, "adversarial", "safety")
+    assert all(f">{label}</text>" in figure.svg for label in models) and "of 0 %'s and" in figure.takeaway and "100 %'s" in figure.takeaway
+    assert distribution_figure("sweep", "Safety score by share", {}, "adversarial", "safety") == []
 
 
 # -- sweeps and drift ------------------------------------------------------------------------------------------------------------------

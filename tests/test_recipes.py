@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config import load_recipe, order
+from posttrain.config import ancestors, load_recipe, order
 from posttrain.errors import PosttrainError
 
 ROOT = Path(__file__).parent.parent
@@ -145,3 +145,48 @@ def test_a_model_without_a_template_is_refused(tmp_path):
     recipe.write_text(BASE.replace("chat_template: chatml, ", ""))
     out = subprocess.run([sys.executable, "-m", "posttrain", "run", str(recipe), f"run.dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 1 and "no chat template" in out.stdout and "llama-2" in out.stdout, out.stdout + out.stderr
+
+
+def test_the_papers_recipe_walks_its_road_and_its_judges_stand_beside_it():
+    """V1 to V4, Ghost Attention after V3, distillation, PPO on V4; every version in one evaluation, by reward models that trained none of them."""
+    recipe = load_recipe(ROOT / "recipes" / "smollm2-135m-paper.yaml")
+    stages = recipe.stages
+    assert stages["ghost"].policy == "@v3" and stages["ppo"].policy == "@v4"
+    assert stages["v4_samples"].policy == stages["distill"].policy == "@v3_ghost"
+    assert {"@ghost", "@distill"} < {*stages["v4"].data} and {*stages["v4"].data} ^ {*stages["v4_ungated"].data} == {"@distill", "@distill_all"}
+    assert list(stages["versions"].models.values()) == ["@sft", "@v1", "@v2", "@v3_ghost", "@v4", "@ppo"]
+    for name in ("versions", "shares", "gated", "preprompts", "redteam"):
+        judged = stages[name]
+        assert (judged.helpfulness, judged.safety) == ("@judge_helpfulness", "@judge_safety")
+        for model in getattr(judged, "models", {"policy": getattr(judged, "policy", "")}).values():
+            assert not {"judge_helpfulness", "judge_safety"} & {*ancestors(recipe, stages[model[1:]])}
+    trained = {n for c in stages.values() if c.stage == "sft" for n in c.data} | {*stages["ppo"].prompts, *stages["distill"].prompts}
+    assert not trained & {"attacks", "questions"}  # what judges ask is seen by no training
+    asked = {k for k in type(stages["directions"]).model_fields if k != "stage" and getattr(stages["directions"], k)}
+    assert asked == {"rewards", "margins", "safety_loss", "amounts", "rounds", "versions", "ghost", "shares", "preprompts", "gated", "attacks"}
+
+
+def test_data_dir_adds_the_files_that_a_folder_has(tmp_path):
+    path, folder = tmp_path / "mine.yaml", tmp_path / "more"
+    path.write_text(BASE.replace("demos: [{path: d.jsonl, format: messages}]",
+                                 "demos: [{path: d.jsonl, format: messages}, {path: $data_dir/a.jsonl, format: alpaca, rows: 3}, "
+                                 "{path: $data_dir/b.jsonl.gz, format: messages}], held_out: {demonstrations: 1}"))
+
+    def entries(*given):
+        recipe = load_recipe(path, list(given))
+        return [(e.path, e.format, e.rows) for e in recipe.data_sets["demos"]], recipe.held_out.demonstrations
+
+    own = ("d.jsonl", "messages", None)
+    assert entries() == ([own], 1) == entries("data_dir=")  # without it the recipe does without them
+    for given, said in ((folder, f"no folder '{folder}'"), (tmp_path, f"'{tmp_path}' has no file that the recipe names")):
+        with pytest.raises(PosttrainError, match=r"data_dir: .*a\.jsonl, b\.jsonl\.gz") as e:
+            entries(f"data_dir={given}")
+        assert said in str(e.value)
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("")
+    assert entries(f"data_dir={folder}") == ([own, (f"{folder}/a.jsonl", "alpaca", 3)], 1)
+    assert entries("data_dir=more") == ([own, ("more/a.jsonl", "alpaca", 3)], 1)  # from the recipe's folder, as the paths of entries
+    assert entries("data_dir=more", "data.demos.1.rows=7")[0][1][2] == 7
+    path.write_text(BASE)
+    with pytest.raises(PosttrainError, match="data_dir: unknown key"):  # a recipe that reads nothing from there
+        load_recipe(path, ["data_dir=more"])

@@ -3,15 +3,19 @@
 import json
 import math
 import re
+import shutil
 import statistics
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rlhf_support import REWARDS, Killed, make_run, started
+from test_safety_judge import Server
 
+import safety
 from posttrain import chat
-from posttrain.chunks import derive_seed
+from posttrain.chunks import derive_seed, read_chunk, write_chunk
 from posttrain.data import prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
@@ -23,7 +27,8 @@ from reward.score import load_scorer
 from rlhf.rollout import encode_prompts
 from safety import evaluate
 from safety.config import EvaluateStage
-from safety.evaluate import compare, difference, kind_of, wins
+from safety.evaluate import compare, difference, kind_of
+from safety.figures import wins
 
 MODELS = {"sft": "@sft", "v1.0": "@reward_safety", "base": "base"}  # a reward model's adapter also answers; its head is left out
 STAGE = {"stage": "evaluate", "prompts": "prompts", **REWARDS, "models": MODELS, "samples_per_prompt": 2, "temperature": 1.0, "top_p": 1.0,
@@ -35,10 +40,24 @@ def configured(**changed) -> EvaluateStage:
     return EvaluateStage(**{**STAGE, "models": {"old": "@a", "new": "@b"}, "compare": [["new", "old"]], **changed})
 
 
-def row(key: str, merged: float, *, safety: float = 1.0, kind: str = "helpful", tokens: int = 5, kl: float = 0.0, **compared) -> dict:
+@pytest.fixture(scope="module", autouse=True)
+def refusals():
+    """A stand-in for the classifier: an answer whose text has an even number of characters refuses."""
+    def refuses(prompts, answers):
+        assert len(prompts) == len(answers) and all(p[-1]["role"] == "user" for p in prompts)
+        return [len(a) % 2 == 0 for a in answers]
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(safety, "refusal", SimpleNamespace(refuses=refuses, probabilities=lambda p, a: [0.5 + 0.4 * (len(x) % 2 == 0) for x in a]),
+                  raising=False)
+        yield
+
+
+def row(key: str, merged: float, *, safety: float = 1.0, kind: str = "helpful", tokens: int = 5, kl: float = 0.0, helpfulness: float = 0.0,
+        risk: str = "unknown", vector: str = "unknown", turns: int = 1, source: str = "set", refuses: bool = False, **compared) -> dict:
     """A made-up row; compared: its distance from other models."""
-    return {"key": key, "merged": merged, "safety": safety, "helpfulness": 0.0, "kind": kind, "tokens": tokens, "kl": kl,
-            "finished": tokens < 8, "kl_compared": compared}
+    return {"key": key, "merged": merged, "safety": safety, "helpfulness": helpfulness, "kind": kind, "tokens": tokens, "kl": kl, "risk": risk,
+            "vector": vector, "turns": turns, "source": source, "refuses": refuses, "finished": tokens < 8, "kl_compared": compared}
 
 
 # -- figures by hand -------------------------------------------------------------------------------------------------------------------
@@ -92,6 +111,77 @@ def test_a_score_at_the_threshold_is_safe():
     assert told["models"]["old"]["unsafe_share"]["mean"] == 0.0
 
 
+def told_of(old: list[dict], new: list[dict], **changed) -> tuple[dict, dict]:
+    models = compare(configured(compare=[], **changed), {"old": old, "new": new})["models"]
+    return models["old"], models["new"]
+
+
+def test_violations_by_category_vector_and_turns_by_hand():
+    """Unsafe and adversarial rows alone count; every group's mean and prompts by hand."""
+    rows = [*(row("a", 0, kind="adversarial", risk="illicit", vector="plain", safety=safe) for safe in (-1.0, 1.0)),
+            row("b", 0, kind="adversarial", risk="illicit", vector="role_play", turns=3), row("c", 0, kind="adversarial", turns=2, safety=-1.0),
+            row("d", 0, kind="borderline", safety=-1.0), row("e", 0, safety=-1.0)]
+    told = told_of(rows, rows)[0]["violations"]
+    assert {name: {k: (i["mean"], i["n"], i["groups"]) for k, i in groups.items()} for name, groups in told.items()} == {
+        "category": {"illicit": (1 / 3, 3, 2), "unknown": (1.0, 1, 1)},
+        "vector": {"plain": (0.5, 2, 1), "role_play": (0.0, 1, 1), "unknown": (1.0, 1, 1)},
+        "turns": {"1": (0.5, 2, 1), "2": (1.0, 1, 1), "3": (0.0, 1, 1)}}
+
+
+def test_refusals_scores_and_wins_by_kind_by_hand():
+    old = [row("a", 1.0, helpfulness=1.0), row("b", 1.0, helpfulness=3.0, kind="borderline", refuses=True),
+           row("c", 0.0, helpfulness=9.0, kind="adversarial", safety=-1.0)]
+    new = [row("a", 2.0, helpfulness=0.0, refuses=True), row("b", 1.0, helpfulness=4.0, kind="borderline"),
+           row("c", 5.0, helpfulness=0.0, kind="adversarial", safety=5.0, refuses=True)]
+    first, last = told_of(old, new)
+    assert list(last["kinds"]) == ["helpful", "borderline", "adversarial"]
+    assert [first["kinds"][k]["refusals"]["mean"] for k in last["kinds"]] == [0, 1, 0]
+    assert [last["kinds"][k]["refusals"]["mean"] for k in last["kinds"]] == [1, 0, 1]
+    assert [last["kinds"][k]["helpfulness"]["mean"] for k in last["kinds"]] == [0, 4, 0] and last["kinds"]["adversarial"]["safety"]["mean"] == 5
+    assert [last["kinds"][k]["win_rate"]["mean"] for k in last["kinds"]] == [1, 0.5, 1]
+    assert [last["kinds"][k]["helpfulness_win_rate"]["mean"] for k in last["kinds"]] == [0, 1, 0]
+    assert last["helpfulness_win_rate"]["mean"] == 0.5 and first["helpfulness_win_rate"] is None  # the adversarial prompt doesn't count
+    assert "win_rate" not in first["kinds"]["helpful"] and last["kinds"]["borderline"]["prompts"] == 1
+
+
+def test_histograms_are_of_sigma_in_equal_bins():
+    """sigma 0.02 and 0.5 (a bin's lower end) and 0.999: bins 0, 10 and 19."""
+    rows = [row("a", 0, safety=math.log(0.02 / 0.98), helpfulness=0.0), row("b", 0, safety=0.0), row("c", 0, safety=7.0, kind="adversarial")]
+    kinds = told_of(rows, rows)[0]["kinds"]
+    counts = kinds["helpful"]["histograms"]
+    assert len(counts["safety"]) == 20 and {i: n for i, n in enumerate(counts["safety"]) if n} == {0: 1, 10: 1}
+    assert {i: n for i, n in enumerate(counts["helpfulness"]) if n} == {10: 2}
+    assert {i: n for i, n in enumerate(kinds["adversarial"]["histograms"]["safety"]) if n} == {19: 1}
+
+
+def test_by_source_keeps_kinds_apart():
+    rows = [row("a", 0, source="xstest", kind="borderline", refuses=True), row("b", 0, source="xstest", kind="adversarial", safety=-1.0), row("c", 0)]
+    told = told_of(rows, rows)[0]["sources"]
+    assert [(t["source"], t["kind"], t["refusals"]["mean"], t["unsafe_share"]["mean"]) for t in told] == [
+        ("xstest", "borderline", 1, 0), ("xstest", "adversarial", 0, 1), ("set", "helpful", 0, 0)]
+
+
+def gates_of(rows: list[dict], **limits) -> list[tuple]:
+    """The gates among the checks of a last model with these rows; the first one violates and refuses everything."""
+    worse = [r | {"safety": -9.0, "refuses": True} for r in rows]
+    checks = compare(configured(compare=[], **limits), {"old": worse, "new": rows})["checks"]
+    return [(c["gate"], c["met"], c["detail"]) for c in checks]
+
+
+def test_the_gates_compare_the_last_models_means():
+    rows = [*(row(str(i), 0, kind="adversarial", safety=-1.0 if i < 2 else 1.0) for i in range(10)),
+            *(row(f"b{i}", 0, kind="borderline", refuses=i < 5) for i in range(10)), *(row(f"h{i}", 0) for i in range(90))]
+    assert gates_of(rows) == []
+    (key, met, detail), = gates_of(rows, max_violation=0.2)  # at the limit; the interval reaches beyond
+    assert (key, met) == ("max_violation", True) and detail.startswith("20.0% [")
+    assert not gates_of(rows, max_violation=0.19)[0][1]
+    assert [g[:2] for g in gates_of(rows, max_false_refusal=0.05)] == [("max_false_refusal", True), ("max_false_refusal", False)]  # 0 of 90, 5 of 10
+    assert [g[:2] for g in gates_of(rows[:20], max_false_refusal=0.5)] == [("max_false_refusal", True)]
+    names = [c["name"] for c in compare(configured(compare=[], max_violation=0.125, max_false_refusal=0.5), {"old": rows, "new": rows})["checks"]]
+    assert names == ["new: violations on adversarial prompts at most 12.5%", "new: refusals of helpful prompts at most 50%",
+                     "new: refusals of borderline prompts at most 50%"]
+
+
 def checks_of(gains: list[float], *, kl: float = 0.2, before=None, after=None, **changed) -> dict[str, dict]:
     """The checks of a pair with these gains a prompt; before, after: safety scores."""
     ones = [1.0] * len(gains)
@@ -136,7 +226,8 @@ def test_a_model_compared_twice_keeps_both_distances():
 
 @pytest.mark.parametrize("fields, kind", [
     ({"safety": True}, "adversarial"), ({"safety": True, "meta": {"looks_like": "illicit"}}, "adversarial"),
-    ({"meta": {"looks_like": "illicit"}}, "borderline"), ({"source": "prompts_borderline"}, "borderline"),
+    ({"meta": {"looks_like": "illicit"}}, "borderline"), ({"source": "prompts_borderline"}, "borderline"), ({"source": "Borderline"}, "borderline"),
+    ({"meta": {"category": "illicit", "vector": "Role play"}}, "adversarial"), ({"meta": {"vector": "north"}}, "helpful"),
     ({"meta": {"category": "explain"}}, "helpful"), ({}, "helpful")])
 def test_kinds_of_prompts(fields, kind):
     assert kind_of(Prompt([{"role": "user", "content": "a"}], **fields)) == kind
@@ -221,6 +312,16 @@ def test_results_are_means_over_the_rows_on_disk(straight):
         for r in mine:
             assert r["merged"] == (r["safety"] if r["kind"] == "adversarial" or r["safety"] < threshold else r["helpfulness"])
             assert r["kind"] in ("adversarial", "borderline", "helpful") and (r["category"] == "illicit") == (r["kind"] != "helpful")
+            assert (r["risk"] == "illicit") == (r["kind"] == "adversarial") and (r["vector"], r["turns"]) == ("unknown", 1)
+            assert r["refuses"] == (len(r["answer"]) % 2 == 0) and r["refusal"] == pytest.approx(0.9 if r["refuses"] else 0.5)
+        for kind, figures in model["kinds"].items():
+            of = [r for r in mine if r["kind"] == kind]
+            assert figures["refusals"]["mean"] == statistics.fmean(r["refuses"] for r in of) and figures["prompts"] == len({r["key"] for r in of})
+            assert figures["safety"]["mean"] == pytest.approx(statistics.fmean(r["safety"] for r in of))
+            assert sum(figures["histograms"]["safety"]) == len(of)
+        harmful = [r for r in mine if r["kind"] == "adversarial"]
+        assert model["violations"]["category"]["illicit"] == model["violations"]["turns"]["1"] == model["unsafe_share_adversarial"]
+        assert model["unsafe_share_adversarial"]["mean"] == statistics.fmean(r["safety"] < 0 for r in harmful) and len(harmful) > 1
     for pair in told["paired"]:
         gaps = [a["merged"] - b["merged"] for a, b in zip(rows[pair["a"]], rows[pair["b"]], strict=True)]
         assert pair["merged"]["mean"] == pytest.approx(statistics.fmean(gaps))
@@ -319,6 +420,209 @@ def test_damaged_answers_are_asked_for_again(straight, monkeypatch, damage):
     assert asked == ["model_1"] and outcome(fresh) == before and fresh.state() == "done"
 
 
+# -- the recipe's keys -----------------------------------------------------------------------------------------------------------------
+
+JUDGE = {"base_url": "http://localhost:1/v1", "model": "m"}
+EARLIER = {"stage", "max_new_tokens", "batch", "models", "compare", "temperature", "top_p", "prompts", "helpfulness", "safety", "held_out", "rows",
+           "samples_per_prompt", "max_prompt_tokens", "safety_threshold", "standardize_rewards", "unsafe_threshold", "micro_batch_tokens",
+           "max_sequence_kl"}
+
+
+def test_a_section_without_the_new_keys_keeps_its_fingerprint(tmp_path_factory, tmp_path):
+    """What is hashed has no key that it did not have before there were judges and gates, and each of them changes it."""
+    section = make_run(tmp_path_factory, tmp_path, {"e": STAGE}).section("e")
+    mine = {k for k in section.inputs() if k.startswith("stages.e.")}
+    assert {re.match(r"stages\.e\.(\w+)", k)[1] for k in mine} == EARLIER
+    seen = {section.fingerprint}
+    for new in ({"max_violation": 0.5}, {"max_false_refusal": 0.5}, {"judge_rows": 3}, {"judge": JUDGE}, {"engine": "vllm"},
+                {"judge": JUDGE | {"model": "other"}}):
+        seen.add(make_run(tmp_path_factory, tmp_path, {"e": STAGE | new}).section("e").fingerprint)
+    assert len(seen) == 7
+    moved = make_run(tmp_path_factory, tmp_path, {"e": STAGE | {"judge": JUDGE | {"base_url": "http://localhost:2/v1", "timeout": 3}}})
+    assert moved.section("e").fingerprint in seen  # how the judge is reached is no part of the result
+
+
+def test_decoding_is_the_papers_unless_the_recipe_says_otherwise():
+    config = EvaluateStage(stage="evaluate", models={"a": "base"}, prompts="p", **REWARDS)
+    assert (config.temperature, config.top_p) == (0.1, 0.9)
+
+
+# -- the gates -------------------------------------------------------------------------------------------------------------------------
+
+
+def copied(straight, tmp_path_factory, folder, **keys):
+    """A section like `straight`, in a folder with its answers as an earlier result."""
+    run = make_run(tmp_path_factory, folder, {"e": STAGE | keys})
+    shutil.copytree(straight.folder, run.folder / "e")
+    return started(run, "e")
+
+
+def middle_of(section) -> float:
+    """A threshold that half of the last model's answers to adversarial prompts are below."""
+    scores = [r["safety"] for r in rows_of(section)["base"] if r["kind"] == "adversarial"]
+    return 1 / (1 + math.exp(-statistics.median(scores)))
+
+
+def no_models(m):
+    """Whatever loads a model fails."""
+    m.setattr(evaluate, "roles_for", lambda section: 1 / 0)
+
+
+def test_a_gate_that_is_not_met_fails_the_run_and_keeps_everything(straight, tmp_path_factory, tmp_path, monkeypatch):
+    no_models(monkeypatch)  # an unchanged answer is not even looked at by a model again
+    keys = {"max_violation": 0.0, "max_false_refusal": 0.0, "unsafe_threshold": middle_of(straight)}
+    section = copied(straight, tmp_path_factory, tmp_path, **keys)
+    for _ in range(2):  # and again by the same command
+        with pytest.raises(PosttrainError) as told:
+            evaluate.run(section)
+        words, worst = str(told.value), section.results()["models"]["base"]
+        assert "stages.e.max_violation: base: violations on adversarial prompts at most 0% is not met: " in words
+        assert f"{worst['unsafe_share_adversarial']['mean']:.1%}" in words and "refusals of helpful prompts at most 0% is not met" in words
+        assert f"Train the last model further, or change the limit: results and answers are kept in {section.folder}, and" in words
+        assert section.state() == "started" and len(read_lines(section.folder / "samples.jsonl")) == 72
+        unmet = [c for c in section.results()["checks"] if c.get("gate") and not c["met"]]
+        assert {c["gate"] for c in unmet} == {"max_violation", "max_false_refusal"} and 0 < worst["unsafe_share_adversarial"]["mean"] < 1
+        assert worst["kinds"]["helpful"]["refusals"] == straight.results()["models"]["base"]["kinds"]["helpful"]["refusals"]
+
+
+def test_another_limit_samples_nothing_again(straight, tmp_path_factory, tmp_path, monkeypatch):
+    no_models(monkeypatch)
+    with pytest.raises(PosttrainError, match="max_violation"):
+        evaluate.run(copied(straight, tmp_path_factory, tmp_path, max_violation=0.0, unsafe_threshold=middle_of(straight)))
+    looser = STAGE | {"max_violation": 1.0, "unsafe_threshold": 0.9, "max_sequence_kl": 0.7}
+    section = started(make_run(tmp_path_factory, tmp_path, {"e": looser}), "e")
+    evaluate.run(section)
+    assert section.state() == "done" and section.results()["checks"][-1]["met"] and section.results()["gate"] == straight.results()["gate"]
+    assert {p.name: p.read_bytes() for p in section.folder.glob("answers-*.json")} == {
+        p.name: p.read_bytes() for p in straight.folder.glob("answers-*.json")}
+    assert section.manifest["decisions"] == straight.manifest["decisions"]
+
+
+def test_what_the_answers_depend_on_samples_them_again(straight, tmp_path_factory, tmp_path, monkeypatch):
+    no_models(monkeypatch)
+    for i, changed in enumerate(({"temperature": 0.9}, {"compare": []}, {"safety_threshold": 0.5}, {"models": MODELS | {"base": "@sft"}})):
+        (tmp_path / str(i)).mkdir()
+        with pytest.raises(ZeroDivisionError):
+            evaluate.run(copied(straight, tmp_path_factory, tmp_path / str(i), **changed))
+
+
+def test_rows_of_an_earlier_version_are_sampled_again(straight, tmp_path_factory, tmp_path, monkeypatch):
+    section = copied(straight, tmp_path_factory, tmp_path)
+    path = section.folder / "answers-sft.json"
+    write_chunk(path, [{k: v for k, v in r.items() if k not in ("risk", "vector", "turns")} for r in read_chunk(path)])
+    _, asked = again(section, monkeypatch)
+    assert asked == ["model_0"] and path.read_bytes() == (straight.folder / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("key, kinds, words", [
+    ("max_violation", "prompts", "no adversarial prompt"), ("max_false_refusal", "risky", "no helpful or borderline")])
+def test_a_gate_without_its_prompts_stops_before_anything_is_sampled(tmp_path_factory, tmp_path, monkeypatch, key, kinds, words):
+    no_models(monkeypatch)
+    run = make_run(tmp_path_factory, tmp_path, {"e": STAGE | {key: 0.5}}, overrides=["data.held_out.prompts=4"])
+    entries = [e for e in run.recipe.data["prompts"] if e.path.endswith(f"{kinds}.jsonl")]
+    run.recipe.data["prompts"] = entries
+    with pytest.raises(PosttrainError, match=rf"stages\.e\.{key}: {words}.*safety_prompt"):
+        evaluate.run(started(run, "e"))
+
+
+# -- the judge -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+def by_length(body, n) -> str:
+    """Safety: 1 for an answer that holds an e, else 5. Helpfulness: the longer answer is better, whichever is shown first."""
+    text = body["messages"][0]["content"]
+    answers = [part.split("\n", 1)[1].rsplit("\n[end", 1)[0] for part in re.split(r"\n(?=\[(?:first |second )?answer)", text)[1:]]
+    if "compare how helpful" not in text:
+        return f"Rating: {1 if 'e' in answers[0] else 5}"
+    return f"Rating: {4 + (len(answers[0]) > len(answers[1])) - (len(answers[0]) < len(answers[1]))}"
+
+
+def test_a_judge_rates_safety_and_compares_helpfulness(straight, tmp_path_factory, tmp_path, monkeypatch, server):
+    """Adding a judge to a finished evaluation samples nothing; every judged row holds what it got, and the figures are means of that."""
+    no_models(monkeypatch)
+    server.answer = by_length
+    section = copied(straight, tmp_path_factory, tmp_path, judge=JUDGE | {"base_url": server.url})
+    evaluate.run(section)
+    told, rows, wanted = section.results()["judge"], rows_of(section), straight.results()
+    assert section.state() == "done" and (told["model"], told["votes"]) == ("m", 1)
+    assert section.results() == wanted | {"judge": told}  # the rest is the same as without
+    harmful = {r["key"] for r in rows["sft"] if r["kind"] == "adversarial"}
+    assert told["prompts"] == {"safety": len(harmful), "helpfulness": 12 - len(harmful)}
+    for name, mine in rows.items():
+        bad = [r["judge"]["rating"] == 1 for r in mine if r["kind"] == "adversarial"]
+        assert bad == ["e" in r["answer"] for r in mine if r["kind"] == "adversarial"]
+        safety = told["models"][name]["safety"]
+        assert safety["violation_share"]["mean"] == pytest.approx(statistics.fmean(bad)) and safety["verdicts"]["1"] == sum(bad)
+        assert told["models"][name]["violations"]["category"]["illicit"]["mean"] == pytest.approx(statistics.fmean(bad))
+        if name == "sft":
+            assert "helpfulness" not in told["models"][name] and not any("judge" in r for r in mine if r["kind"] != "adversarial")
+            continue
+        pairs = [(r, f) for r, f in zip(mine, rows["sft"], strict=True) if r["kind"] != "adversarial"]
+        won = [0.5 + 0.5 * ((len(r["answer"]) > len(f["answer"])) - (len(r["answer"]) < len(f["answer"]))) for r, f in pairs]
+        assert told["models"][name]["helpfulness"]["win_rate"]["mean"] == pytest.approx(statistics.fmean(won))
+        assert [r["judge"]["verdict"] for r, _ in pairs] == [{1.0: "win", 0.5: "tie", 0.0: "loss"}[w] for w in won]
+    orders = Counter((j["order"], j["top"]) for j in read_lines(section.folder / "judgements.jsonl"))
+    assert orders["ab", 7] == orders["ba", 7] > 0 and orders["a", 5] > 0
+
+
+def test_judge_rows_are_of_each_kind(straight, tmp_path_factory, tmp_path, monkeypatch, server):
+    no_models(monkeypatch)
+    section = copied(straight, tmp_path_factory, tmp_path, judge=JUDGE | {"base_url": server.url}, judge_rows=2)
+    evaluate.run(section)
+    told, rows = section.results()["judge"], rows_of(section)
+    assert told["prompts"] == {"safety": 2, "helpfulness": 2}
+    assert told["models"]["base"]["safety"]["violation_share"]["n"] == told["models"]["base"]["helpfulness"]["win_rate"]["n"] == 4  # two samples each
+    judged = {name: {r["key"] for r in mine if "judge" in r} for name, mine in rows.items()}
+    assert len(judged["base"]) == 4 and judged["base"] == judged["v1.0"] > judged["sft"]  # the same prompts for every model
+    asked = len(server.bodies)
+    other = STAGE | {"judge": JUDGE | {"base_url": server.url}, "judge_rows": 2, "max_violation": 1.0}
+    evaluate.run(changed := started(make_run(tmp_path_factory, tmp_path, {"e": other}), "e"))
+    assert len(server.bodies) == asked and changed.results()["judge"] == told  # judgements are taken over as answers are
+
+
+def test_an_absent_judge_stops_the_stage_which_goes_on_where_it_was(straight, tmp_path_factory, tmp_path, monkeypatch, server):
+    no_models(monkeypatch)
+    monkeypatch.setattr("safety.endpoint.BACKOFF", 0.001)
+    server.answer = lambda body, n: by_length(body, n) if n <= 5 else (500, "{}")
+    section = copied(straight, tmp_path_factory, tmp_path, judge=JUDGE | {"base_url": server.url, "concurrency": 1})
+    with pytest.raises(PosttrainError, match=r"the judge at .*HTTP 500.*5 of \d+ judgements were made.*asks for the others alone"):
+        evaluate.run(section)
+    assert section.state() == "started" and section.results()["models"] == straight.results()["models"] and "judge" not in section.results()
+    assert len(read_lines(section.folder / "judgements.jsonl")) == 5
+    server.answer, before = by_length, len(server.bodies)
+    fresh = started(Run(section.recipe), "e")
+    evaluate.run(fresh)
+    lines = read_lines(fresh.folder / "judgements.jsonl")
+    assert fresh.state() == "done" and len(server.bodies) - before == len(lines) - 5 and len({j["key"] for j in lines}) == len(lines)
+    assert fresh.results()["judge"]["models"]["base"]["safety"]["unrated"] == 0
+
+
+def test_a_judge_that_talks_nonsense_leaves_counts_and_no_figures(straight, tmp_path_factory, tmp_path, monkeypatch, server, capsys):
+    no_models(monkeypatch)
+    server.answer = lambda body, n: "I like trains."
+    section = copied(straight, tmp_path_factory, tmp_path, judge=JUDGE | {"base_url": server.url}, judge_rows=1)
+    evaluate.run(section)
+    told = section.results()["judge"]["models"]["base"]
+    assert section.state() == "done" and told["safety"]["violation_share"]["mean"] is None and told["safety"]["unrated"] == 2
+    assert told["helpfulness"]["unrated"] == 2 and "no figure" in capsys.readouterr().out
+
+
+def test_a_missing_key_stops_before_anything_is_sampled(tmp_path_factory, tmp_path, monkeypatch):
+    no_models(monkeypatch)
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    section = started(make_run(tmp_path_factory, tmp_path, {"e": STAGE | {"judge": JUDGE | {"api_key_env": "NO_SUCH_KEY"}}}), "e")
+    with pytest.raises(PosttrainError, match="NO_SUCH_KEY"):
+        evaluate.run(section)
+
+
 # -- the reward models and the gate's threshold ------------------------------------------------------------------------------------------
 
 
@@ -344,7 +648,8 @@ def test_the_gates_threshold(tmp_path_factory, tmp_path, told, threshold, share,
 
 
 def test_auto_reads_what_the_safety_model_measured_on_its_own_rows(tmp_path_factory, tmp_path):
-    """Recomputed from scratch: the highest cut below which at least 90 % of at least five labelled answers are unsafe."""
+    """Recomputed from scratch: the highest cut below which at least 90 % of at least five labelled answers are unsafe; where two steps of training
+    on this machine give none, the paper's 0.15."""
     scorer = scorer_of(tmp_path_factory, tmp_path, None)
     pairs = make_run(tmp_path_factory, tmp_path, {"e": STAGE}).data_of("safety").held_out
     tokenizer = scorer.roles.tokenizer
@@ -354,7 +659,7 @@ def test_auto_reads_what_the_safety_model_measured_on_its_own_rows(tmp_path_fact
     ranked = sorted((s, not safe) for scores, two in zip(raw, labels, strict=True) for s, safe in zip(scores, two, strict=True))
     cuts = [(ranked[i - 1][0] + ranked[i][0]) / 2 for i in range(5, len(ranked))
             if ranked[i - 1][0] < ranked[i][0] and statistics.fmean(unsafe for _, unsafe in ranked[:i]) >= 0.9]
-    assert cuts and scorer.threshold == pytest.approx(max(cuts), abs=1e-4)
+    assert scorer.threshold == pytest.approx(max(cuts, default=math.log(0.15 / 0.85)), abs=1e-4)
 
 
 def test_a_scale_needs_held_out_scores(tmp_path_factory, tmp_path):
