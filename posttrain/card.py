@@ -1,4 +1,4 @@
-"""The model card and licence note of an exported folder. Every figure is read from the run's own folders; what is missing is left out."""
+"""The model card, licence note and notice of an exported folder. Every figure is read from the run's own folders; what is missing is left out."""
 
 import re
 from pathlib import Path
@@ -10,15 +10,18 @@ from posttrain import config as cfg
 from posttrain.data import file_kind
 from posttrain.log import duration
 from posttrain.report_parts import keys_of
-from posttrain.report_views import interval, look
+from posttrain.report_views import dig, interval, look, plain, table_of
 from posttrain.runs import Section
 
 TEMPLATE = Path(__file__).parent / "model_card.md.j2"
 HUB_NAMES = {builtin.SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
-NOTICES = {  # what these licences ask every copy to carry
-    "llama2": "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.",
-    "llama3": "Meta Llama 3 is licensed under the Meta Llama 3 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved. "
-              "Built with Meta Llama 3.",
+LICENCE_FILES = ("license", "licence", "notice", "use_policy")  # how the names of a base's own licence files begin
+NOTICES = {  # what these licences ask every copy to carry: the notice, the words to be displayed, and how the model's name must begin
+    "llama2": ("Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.", "", ""),
+    "llama3": ("Meta Llama 3 is licensed under the Meta Llama 3 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.",
+               "Built with Meta Llama 3", "Llama 3"),
+    **{f"llama{v}": (f"Llama {v} is licensed under the Llama {v} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.",
+                     "Built with Llama", "Llama") for v in ("3.1", "3.2", "3.3")},
 }
 
 
@@ -31,6 +34,12 @@ COLUMNS = [  # of the evaluation table: key, heading, form
     ("helpfulness", "helpfulness", "{:.2f}"), ("safety", "safety", "{:.2f}"), ("merged", "merged reward", "{:.2f}"),
     ("unsafe_share", "unsafe share", "{:.1%}"), ("win_rate", "wins against {first}", "{:.0%}"), ("tokens", "tokens an answer", "{:.0f}"),
     ("kl", "KL (nats)", "{:.2f}"),
+]
+SAFETY = [  # of the safety table: the way to a share in a model's figures, heading
+    (("kinds", "adversarial", "unsafe_share"), "unsafe answers to adversarial prompts"),
+    (("judge", "safety", "violation_share"), "violations as judged by {judge}"),
+    (("kinds", "borderline", "refusals"), "refusals of prompts that only look dangerous"),
+    (("kinds", "helpful", "refusals"), "refusals of harmless prompts"),
 ]
 
 
@@ -46,8 +55,12 @@ def licence(model: cfg.ModelConfig) -> str:
     """The recipe's word, else the built-in model's, else what the base folder's own card says, else 'unknown'."""
     if model.licence or model.name_or_path in builtin.LICENCES:
         return model.licence or builtin.LICENCES[model.name_or_path]
-    card = Path(model.name_or_path).expanduser() / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    path = Path(model.name_or_path).expanduser() / "README.md"
+    return licence_in(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
+
+
+def licence_in(text: str) -> str:
+    """What the front matter of a card names, else 'unknown'."""
     found = re.search(r"^license:\s*['\"]?([\w.-]+)", text.partition("\n---")[0], re.MULTILINE)
     return found[1] if found else "unknown"
 
@@ -59,7 +72,13 @@ def licence_note(model: cfg.ModelConfig) -> str:
              "The licence of the base is not known to the program that made this model. Find it out before you pass the model on,\n"
              "and set model.licence in the recipe.", "",
              "The data sets it was trained on have licences of their own; README.md names them."]
-    return "\n".join([*lines, *(["", NOTICES[name]] if name in NOTICES else [])]) + "\n"
+    return "\n".join([*lines, *(["", notice] if (notice := notice_of(model)) else [])]) + "\n"
+
+
+def notice_of(model: cfg.ModelConfig) -> str:
+    """What the base's licence asks every copy to carry, or nothing."""
+    notice, built, _ = NOTICES.get(licence(model), ("", "", ""))
+    return notice + (f" {built}." if built else "")
 
 
 def ancestors(section: Section) -> list[Section]:
@@ -144,13 +163,61 @@ def evaluation(section: Section) -> dict | None:
     models = {k: v for k, v in (results.get("models") or {}).items() if isinstance(v, dict)}
     columns = [(c, head, form) for c, head, form in COLUMNS if any(interval(m.get(c)) for m in models.values())]
     mine = [n for n, ref in getattr(from_section.config, "models", {}).items() if ref == section.config.model]
-    rows = [[f"**{name}** (this model)" if name in mine else name, *(shown(m.get(c), form) for c, _, form in columns)]
+    rows = [[_marked(name, mine), *(shown(m.get(c), form) for c, _, form in columns)]
             for name, m in models.items()]
     heads = ["model", *(head.format(first=next(iter(models), "")) for _, head, _ in columns)]
     threshold, prompts = results.get("unsafe_threshold", getattr(from_section.config, "unsafe_threshold", None)), results.get("prompts")
     unsafe = f"An answer counts as unsafe where the safety model gives it less than {threshold:g}." if isinstance(threshold, float) else ""
     return {"section": from_section.name, "prompts": f"{prompts} prompts" if isinstance(prompts, int) else "its prompts",
             "threshold": unsafe, "table": table(heads, rows) if rows else "It stored no figures."}
+
+
+def safety(section: Section) -> list[dict]:
+    """Tables with a sentence each: unsafe answers and refusals by model and this model's violations by risk category, as the named evaluate
+    section measured them; successful attacks, of the finished redteam sections that attacked this model."""
+    return [t for t in [*_safety_by_model(section), *_safety_by_category(section), *_attacks(section)] if t["rows"]]
+
+
+def _measured(section: Section) -> tuple[dict[str, dict], list[str], dict]:
+    """The named evaluate section's figures by model with the judge's under 'judge', its names for this model, and its results."""
+    if not section.config.evaluation:
+        return {}, [], {}
+    source = section.parent(section.config.evaluation)
+    results = source.results()
+    judged = table_of(dig(results, "judge", "models"))
+    models = {k: {**m, "judge": judged.get(k, {})} for k, m in table_of(results.get("models")).items()}
+    return models, [n for n, ref in getattr(source.config, "models", {}).items() if ref == section.config.model], results
+
+
+def _marked(name: str, mine: list[str]) -> str:
+    return f"**{name}** (this model)" if name in mine else name
+
+
+def _safety_by_model(section: Section) -> list[dict]:
+    models, mine, results = _measured(section)
+    columns = [(way, head) for way, head in SAFETY if any(interval(dig(m, *way)) for m in models.values())]
+    rows = [[_marked(name, mine), *(shown(dig(m, *way), "{:.1%}") for way, _ in columns)] for name, m in models.items()] if columns else []
+    heads = [head.format(judge=dig(results, "judge", "model")) for _, head in columns]
+    return [{"text": "Shares of answers, with 95 % intervals by prompt. What counts as unsafe is the safety model's word unless a judge is named; "
+                     "refusals are found by a classifier.", "rows": rows, "head": ["model", *heads]}]
+
+
+def _safety_by_category(section: Section) -> list[dict]:
+    models, mine, _ = _measured(section)
+    found = {name: table_of(dig(models[name], "violations", "category")) for name in mine if name in models}
+    return [{"text": f"Unsafe answers of {name} to adversarial prompts, by risk category.", "head": ["risk category", "unsafe answers"],
+             "rows": [[plain(category), shown(share, "{:.1%}")] for category, share in shares.items()]} for name, shares in found.items()]
+
+
+def _attacks(section: Section) -> list[dict]:
+    out = []
+    for name, config in section.recipe.stages.items():
+        attacked = config.models if config.stage == "redteam" and section.run.section(name).state() == "done" else {}
+        mine, models = [n for n, ref in attacked.items() if ref == section.config.model], table_of(section.run.section(name).results().get("models"))
+        rows = [[_marked(n, mine), shown(m.get("violations_per_100"), "{:.1f}")] for n, m in models.items()]
+        out += [{"text": f"Red teaming (section `{name}`): attacks in disguise with follow-ups, the same for every model.", "rows": rows,
+                 "head": ["model", "successful attacks of 100"]}] if mine else []
+    return out
 
 
 def limits(section: Section, sections: list[Section], merged_kl: float | None) -> list[str]:
@@ -181,6 +248,11 @@ def front_matter(section: Section, sections: list[Section], names: list[str]) ->
     return cfg.dump_yaml(value)
 
 
+def on_hub(text: str, name: str) -> str:
+    """A card's text for the repository of that name."""
+    return text.replace('name = "."  # this folder', f'name = "{name}"')
+
+
 def render(section: Section, *, dtype: str, merged_kl: float | None = None) -> str:
     """The text of README.md. section: the export section."""
     recipe, config = section.recipe, section.config
@@ -194,6 +266,8 @@ def render(section: Section, *, dtype: str, merged_kl: float | None = None) -> s
         "base": hub_name(recipe.model) or public(recipe.model.name_or_path), "base_note": builtin.NOTES.get(recipe.model.name_or_path, ""),
         "road": " → ".join(f"`{s.name}`" for s in sections) or "no stage, the base as it is",
         "decoding": f"{greedy}, at most {config.max_new_tokens} new tokens; weights in {dtype}", "evaluation": evaluation(section),
+        "notice": notice_of(recipe.model), "safety": [{"text": t["text"], "table": table(t["head"], t["rows"])} for t in safety(section)],
+        "gguf": [f"{recipe.run.name}-{kind}.gguf" for kind in config.gguf],
         "stages": stage_table(sections), "data": data_table(section, names),
         "limits": "\n".join(f"- {line}" for line in limits(section, sections, merged_kl)),
         "recipe": recipe_text(recipe), "recipe_name": Path(recipe.path).name,

@@ -1,4 +1,5 @@
-"""The model folder at the end of the road: adapters merged, tokenizer with its template, decoding settings, model card. Any tool loads it.
+"""The model folder at the end of the road: adapters merged, tokenizer with its template, decoding settings, model card, GGUF files where asked
+for. Any tool loads it.
 
 Everything is written beside its place and renamed at the end, after it has been read back and compared with the unmerged model: a kill
 leaves the old folder or none, never half of one.
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from posttrain import card, chat
+from posttrain import card, chat, gguf
 from posttrain.errors import PosttrainError
 from posttrain.log import say
 from posttrain.merge import merged, whole
@@ -51,6 +52,8 @@ def run(section: Section) -> None:
     roles = roles_for(section)
     roles.dtype = torch.float32 if roles.device.type == "cpu" else roles.dtype  # where memory allows, the difference is the merge's alone
     roles.add("policy", source)
+    if config.gguf:
+        gguf.check(roles["policy"].net.config, roles.tokenizer, section.place)
     tokenizer, probes, compute = roles.tokenizer, encode_probes(roles.tokenizer), roles.dtype
     before = unmerged(roles, probes)
     del roles
@@ -70,7 +73,11 @@ def run(section: Section) -> None:
     kl, worst = difference(before, after)
     judge(section, kl, worst, exact=dtype == compute == torch.float32 and model.quantization == "none")
 
-    # 4. Card, licence, mark; then into place.
+    # 4. For llama.cpp
+    for kind in config.gguf:
+        gguf.write(work, work / f"{section.recipe.run.name}-{kind}.gguf", kind, tokenizer, section.recipe.run.name, section.place)
+
+    # 5. Card, licence, mark; then into place
     _write_words(section, work, kl)
     replace(work, target)
     if config.folder:
@@ -83,6 +90,8 @@ def run(section: Section) -> None:
 def check(section: Section) -> None:
     """What can be wrong without looking at a model."""
     model, evaluation = section.config.model, section.config.evaluation
+    if section.config.gguf:
+        gguf.check_package(section.place)
     kind = section.parent(model).kind if model.startswith("@") else None
     if kind and (STAGES[kind].makes != "model" or kind == "reward"):
         raise PosttrainError(f"{section.place}.model", f"'{model}' is a {kind} section", "a section that makes a chat model",
@@ -171,13 +180,15 @@ def generation_config(tokenizer, config):
 
 
 def _write_words(section: Section, work: Path, kl: float) -> None:
-    """README.md, LICENSE, a copy of the base's own licence files, and the mark."""
+    """README.md, LICENSE, NOTICE where the base's licence wants one, a copy of the base's own licence files, and the mark."""
     config, model = section.config, section.recipe.model
     (work / "README.md").write_text(card.render(section, dtype=config.dtype, merged_kl=kl), encoding="utf-8")
     (work / "LICENSE").write_text(card.licence_note(model), encoding="utf-8")
+    if notice := card.notice_of(model):
+        (work / "NOTICE").write_text(notice + "\n", encoding="utf-8")
     base = Path(model.name_or_path).expanduser()
     for path in sorted(base.iterdir()) if base.is_dir() else []:
-        if path.is_file() and path.name.lower().startswith(("license", "licence", "notice", "use_policy")):
+        if path.is_file() and path.name.lower().startswith(card.LICENCE_FILES):
             shutil.copyfile(path, work / f"BASE_{path.name}")
     write_json(work / MARK, {"run": section.recipe.run.name, "section": section.name, "fingerprint": section.fingerprint,
                              "base": card.public(model.name_or_path), "revision": model.revision, "dtype": config.dtype, "merged_kl": kl,
@@ -198,7 +209,10 @@ def _refuse_foreign(section: Section, target: Path) -> None:
 
 
 def replace(work: Path, target: Path) -> None:
-    """Put a finished folder in place; the one before it goes away only then. Durable before the name appears."""
+    """Put a finished folder in place; the one before it goes away only then. Durable before the name appears, and readable as any file is:
+    safetensors writes for its owner alone."""
+    for path in work.iterdir():
+        path.chmod(0o644)
     for path in [*work.iterdir(), work]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -247,3 +261,5 @@ def tell(section: Section, target: Path, kl: float, is_adapter: bool) -> None:
     say(f"    python -c \"from transformers import pipeline; print(pipeline('text-generation', '{folder}')"
         "([{'role': 'user', 'content': 'Why is the sky blue?'}])[0]['generated_text'][-1]['content'])\"")
     say(f"    vllm serve {folder}          # on a GPU; or: transformers serve {folder}")
+    for path in sorted(target.glob("*.gguf")):
+        say(f"    llama-server -m {relative(path)}")

@@ -17,3 +17,4 @@ class ExportStage(StageConfig):
     top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(512, ge=1)
     evaluation: ModelRef | None = Field(None, description="an evaluate section whose figures go into the model card")
+    gguf: list[Literal["f16", "q8_0"]] = Field([], description="files for llama.cpp beside the safetensors, of the Llama layout")

@@ -67,8 +67,9 @@ def resolve(name_or_path: str, place: str = "model.name_or_path") -> str:
         if not list(path.glob("*.safetensors")):
             pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
             found = f"holds {', '.join(pickled)} but no .safetensors" if pickled else "holds no weights"
-            raise PosttrainError(f"{place}: {path}", found, "a folder with model.safetensors",
-                                 "Convert it: load it once with transformers in a place you trust and save_pretrained() it.")
+            do = "load it once with transformers in a place you trust and save_pretrained() it."
+            do = f"`python -m posttrain convert {path} OUT`." if "consolidated.00.pth" in pickled else do
+            raise PosttrainError(f"{place}: {path}", found, "a folder with model.safetensors", f"Convert it: {do}")
         return str(path)
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise PosttrainError(f"{place}: {name_or_path}", "no such folder", "a model folder, a hub name or a built-in name", "Check the path.")
@@ -103,7 +104,7 @@ def _from_hub(load, config: ModelConfig, place: str):
                                  "a model whose code is part of transformers", "Remote code stays off; choose another model.") from None
         if "gated" in text.lower() or "401" in text:
             raise PosttrainError(f"{place}: model.name_or_path", f"'{config.name_or_path}' is gated", "accepted licence and a login",
-                                 "Accept the licence on its hub page, then `hf auth login`.") from None
+                                 f"Accept the licence on https://huggingface.co/{config.name_or_path}, then `hf auth login`.") from None
         raise PosttrainError(f"{place}: model.name_or_path", f"'{config.name_or_path}' cannot be loaded ({text.splitlines()[0][:200]})",
                              "a local folder, a built-in name or a reachable hub name", "Check the name, the revision and the network.") from None
 

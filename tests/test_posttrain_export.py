@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from posttrain import card, chat, export
+from posttrain import card, chat, export, hub
 from posttrain.config import ModelConfig, load_recipe
 from posttrain.errors import PosttrainError
 from posttrain.merge import merged
@@ -31,11 +32,17 @@ stages:
 """
 
 
+def share(mean, low=None, high=None):
+    return {"mean": mean, "low": low, "high": high}
+
+
 EVALUATION = {"prompts": 8, "unsafe_threshold": 0.5, "models": {
-    "before": {"helpfulness": {"mean": 0.1, "low": 0.0, "high": 0.2}, "unsafe_share": {"mean": 0.25, "low": 0.1, "high": 0.4},
-               "tokens": 12.0, "kl": 0.0},
-    "after": {"helpfulness": {"mean": 1.5, "low": 1.25, "high": 1.75}, "unsafe_share": {"mean": 0.125, "low": 0.0, "high": 0.25},
-              "win_rate": {"mean": 0.75, "low": 0.5, "high": 1.0}, "tokens": 15.0, "kl": 3.25}}}
+    "before": {"helpfulness": share(0.1, 0.0, 0.2), "unsafe_share": share(0.25, 0.1, 0.4), "tokens": 12.0, "kl": 0.0,
+               "kinds": {"adversarial": {"unsafe_share": share(0.5, 0.25, 0.75)}, "helpful": {"refusals": share(0.0)}}},
+    "after": {"helpfulness": share(1.5, 1.25, 1.75), "unsafe_share": share(0.125, 0.0, 0.25), "win_rate": share(0.75, 0.5, 1.0), "tokens": 15.0,
+              "kl": 3.25, "kinds": {"adversarial": {"unsafe_share": share(0.25, 0.125, 0.5)}, "helpful": {"refusals": share(0.0625)}},
+              "violations": {"category": {"illicit_and_criminal": share(0.375, 0.25, 0.5)}, "vector": {"plain": share(0.1)}}}},
+    "judge": {"model": "some-judge", "models": {"after": {"safety": {"violation_share": share(0.2, 0.1, 0.3)}}}}}
 
 
 def randomize(roles, name):
@@ -387,6 +394,10 @@ def test_the_card_says_what_the_model_is(done):
     assert "| `sft` | sft | base | held-out loss 1.25 (was 2.50); steps 7 |" in text
     assert "| demonstrations | rows.jsonl | messages | 5 | 1 |" in text
     assert "| **after** (this model) | 1.50 [1.25, 1.75] | 12.5% [0.0%, 25.0%] | 75% [50%, 100%] | 15 | 3.25 |" in text
+    assert "| model | unsafe answers to adversarial prompts | violations as judged by some-judge | refusals of harmless prompts |" in text
+    assert "| before | 50.0% [25.0%, 75.0%] | - | 0.0% |" in text
+    assert "| **after** (this model) | 25.0% [12.5%, 50.0%] | 20.0% [10.0%, 30.0%] | 6.2% |" in text
+    assert "| illicit and criminal | 37.5% [25.0%, 50.0%] |" in text
     assert "temperature 0.7, top-p 0.9, at most 40 new tokens" in text
     assert "random model of two layers" in text
     assert "learning_rate: 0.001" in text  # the recipe
@@ -420,3 +431,140 @@ def test_the_recipe_in_the_card_holds_overrides_and_what_it_extends_but_no_folde
     assert ".../rows.jsonl" in text
     assert str(tmp_path) not in text
     assert "adam_beta1" not in text
+
+
+def test_attacks_of_a_finished_red_teaming_stand_in_the_card(tmp_path):
+    attacks = '  attacks: {{stage: redteam, models: {{before: base, after: "@sft"}}, prompts: prompts, helpfulness: "@reward", safety: "@reward"}}\n'
+    run, _ = make_run(tmp_path, text=RECIPE + attacks)
+    section, attacked = run.section("chat"), run.section("attacks")
+    run.start(section)
+    assert "Red teaming" not in card.render(section, dtype="float32")
+    run.start(attacked)
+    rates = {"before": share(40.0, 30.0, 50.0), "after": share(12.5, 10.0, 15.0)}
+    attacked.finish({"models": {name: {"violations_per_100": rate} for name, rate in rates.items()}})
+    assert "| **after** (this model) | 12.5 [10.0, 15.0] |" in card.render(section, dtype="float32")
+
+
+def test_a_card_without_figures_says_so(tmp_path):
+    run, _ = make_run(tmp_path, overrides=["stages.chat.evaluation="])
+    section = run.section("chat")
+    run.start(section)
+    text = card.render(section, dtype="float32")
+    assert "No safety figures are recorded for this model." in text and "None was named in the recipe" in text
+
+
+NOTICE = "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
+
+
+NOTICE_3 = "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved. Built with Llama."
+
+
+@pytest.mark.parametrize(("licence", "notice"), [("llama2", NOTICE), ("llama3.1", NOTICE_3)])
+def test_the_notice_that_a_licence_demands_is_in_card_licence_and_notice(tmp_path, licence, notice):
+    run, _ = make_run(tmp_path, overrides=[f"model.licence={licence}"])
+    folder = exported(run).folder / "model"
+    text = (folder / "README.md").read_text()
+    assert front(text)["license"] == licence and f"**{notice}**" in text
+    assert (folder / "NOTICE").read_text() == notice + "\n" and notice in (folder / "LICENSE").read_text()
+
+
+def test_no_notice_where_none_is_demanded(done):
+    assert not (done[3] / "NOTICE").exists()
+
+
+# -- the hub -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def api(monkeypatch):
+    """A stand-in for the hub with the signatures of the real client; `calls` lists what changed it, in order."""
+    import huggingface_hub
+
+    made = create_autospec(huggingface_hub.HfApi, instance=True)
+    made.whoami.return_value = {"name": "me"}
+    made.repo_info.return_value.private = True
+    made.list_repo_files.return_value = ["config.json", "LICENSE.txt", "USE_POLICY.md"]
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
+    return made
+
+
+def changes(api):
+    return [c for c in api.method_calls if c[0] in ("create_repo", "upload_file", "upload_folder")]
+
+
+def test_push_sends_the_card_first_then_the_folder_privately(done, api, capsys):
+    hub.push(done[2].folder, "me/small", public=False)
+    create, words, weights = changes(api)
+    assert create.args == ("me/small",) and create.kwargs == {"private": True, "exist_ok": True}
+    text = words.kwargs["path_or_fileobj"].decode()
+    assert words.kwargs["path_in_repo"] == "README.md" and 'name = "me/small"' in text and 'name = "."' not in text
+    assert weights.kwargs["repo_id"] == "me/small" and weights.kwargs["folder_path"] == done[3] and "README.md" in weights.kwargs["ignore_patterns"]
+    assert "https://huggingface.co/me/small" in capsys.readouterr().out
+    api.reset_mock()
+    hub.push(done[3], "me/small", public=True)
+    assert changes(api)[0].kwargs == {"private": False, "exist_ok": True}
+
+
+def test_push_refuses_what_is_no_export_and_names_that_are_none(done, api, tmp_path):
+    with pytest.raises(PosttrainError, match=r"no posttrain\.json"):
+        hub.push(tmp_path, "me/small", public=False)
+    for name in ("small", "a/b/c", "me/sm all"):
+        with pytest.raises(PosttrainError, match="OWNER/NAME"):
+            hub.push(done[3], name, public=False)
+    assert not changes(api)
+
+
+def test_a_private_push_never_goes_into_a_public_repository(done, api):
+    api.repo_info.return_value.private = False
+    with pytest.raises(PosttrainError, match="is public already"):
+        hub.push(done[3], "me/small", public=False)
+    assert [c[0] for c in changes(api)] == ["create_repo"]
+
+
+def test_push_keeps_the_licences_rules(tmp_path, api):
+    def push(licence, name, public=False, base="meta-llama/Some-Base"):
+        folder = tmp_path / f"{licence}-{name.partition('/')[2]}"
+        folder.mkdir(exist_ok=True)
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+        (folder / export.MARK).write_text(json.dumps({"run": "r", "section": "chat", "base": base}))
+        hub.push(folder, name, public)
+        return folder
+
+    (tmp_path / "text").write_text("the agreement")
+    api.hf_hub_download.return_value = str(tmp_path / "text")
+    with pytest.raises(PosttrainError, match="begin with “Llama 3”.*me/Llama-3-my-chat"):
+        push("llama3", "me/my-chat")
+    with pytest.raises(PosttrainError, match="begin with “Llama”"):
+        push("llama3.2", "me/my-Llama-chat")
+    with pytest.raises(PosttrainError, match="licence of the base is not known"):
+        push("unknown", "me/a", public=True)
+    assert not changes(api)
+    push("unknown", "me/a")
+    api.reset_mock()
+    for licence, name in (("llama3", "me/Llama-3-mine"), ("llama3.1", "me/llama_mine"), ("llama2", "me/anything")):
+        push(licence, name)
+        sent = {c.kwargs["path_in_repo"]: c.kwargs["path_or_fileobj"] for c in changes(api) if c[0] == "upload_file"}
+        assert sent["BASE_LICENSE.txt"] == sent["BASE_USE_POLICY.md"] == b"the agreement"
+        api.reset_mock()
+    with pytest.raises(PosttrainError, match="no copy of the base's licence"):
+        push("llama2", "me/local", base=".../llama-2-7b")
+    assert not changes(api)
+    (tmp_path / "llama2-local" / "BASE_LICENSE").write_text("the agreement")
+    push("llama2", "me/local", base=".../llama-2-7b")
+    assert [c[0] for c in changes(api)] == ["create_repo", "upload_file", "upload_folder"]
+
+
+def test_push_says_what_to_do_when_the_hub_says_no(done, api):
+    import httpx2 as httpx
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api.whoami.side_effect = LocalTokenNotFoundError("no token")
+    with pytest.raises(PosttrainError, match="nobody is logged in.*`hf auth login`"):
+        hub.push(done[3], "me/small", public=False)
+    api.whoami.side_effect = None
+    api.create_repo.side_effect = HfHubHTTPError("403 Forbidden", response=httpx.Response(403, request=httpx.Request("POST", "http://x")))
+    with pytest.raises(PosttrainError, match="the hub refused.*token that may write"):
+        hub.push(done[3], "me/small", public=False)
+    api.create_repo.side_effect = httpx.ConnectError("no route")
+    with pytest.raises(PosttrainError, match="cut off .ConnectError: no route.*a connection to the hub"):
+        hub.push(done[3], "me/small", public=False)
