@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from posttrain import distributed, runs
+from posttrain.annotate import command as annotate
 from posttrain.config import dump_yaml, load_recipe
 from posttrain.errors import PosttrainError
 from posttrain.log import say
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="The Llama 2-Chat recipe: supervised fine-tuning, two reward models, rejection sampling, PPO, evaluation, export.")
+app.add_typer(annotate.app, name="annotate")
 
 RecipeArg = Annotated[Path, typer.Argument(help="a recipe file, such as recipes/tiny.yaml", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as stages.sft.learning_rate=1e-4", show_default=False)]
@@ -149,6 +151,61 @@ def annotations(tasks: Annotated[Path, typer.Argument(help="tasks.jsonl in the f
     raise typer.Exit(import_module("rlhf.annotations").command(tasks, files, out))
 
 
+@app.command()
+def convert(folder: Annotated[Path, typer.Argument(help="Meta's download: consolidated.NN.pth, params.json, tokenizer.model", show_default=False)],
+            out: Annotated[Path, typer.Argument(help="the folder to make", show_default=False)]) -> None:
+    """Meta's original Llama 2 download -> a model folder in transformers' layout."""
+    from posttrain import convert as converter
+
+    converter.run(folder, out)
+
+
+@app.command()
+def push(folder: Annotated[Path, typer.Argument(help="an export section (runs/NAME/chat) or its model folder", show_default=False)],
+         name: Annotated[str, typer.Argument(help="OWNER/NAME on the hub", show_default=False)],
+         public: Annotated[bool, typer.Option("--public", help="for everyone to see; default private")] = False) -> None:
+    """An exported model with its card to the Hugging Face hub."""
+    from posttrain import hub
+
+    hub.push(folder, name, public)
+
+
+@app.command()
+def init(recipe: Annotated[Path, typer.Argument(help="the recipe to write; an existing file is never overwritten")] = Path("recipes/mine.yaml"),
+         model: Annotated[str | None, typer.Option(help="a folder, a hub name or a built-in name")] = None,
+         pairs: Annotated[list[Path] | None, typer.Option(help="preference pairs that stand for both, helpfulness and safety")] = None,
+         helpful: Annotated[list[Path] | None, typer.Option(help="preference pairs that compare helpfulness")] = None,
+         safety: Annotated[list[Path] | None, typer.Option(help="preference pairs that compare safety")] = None,
+         demonstrations: Annotated[list[Path] | None, typer.Option(help="conversations to imitate")] = None,
+         prompts: Annotated[list[Path] | None, typer.Option(help="questions without answers")] = None,
+         format: Annotated[str | None, typer.Option(help="of the preference files; guessed from their columns when absent")] = None,
+         columns: Annotated[list[str] | None, typer.Option(help="ours=theirs, of the preference files; may be given several times")] = None,
+         gpu: Annotated[str | None, typer.Option(help="memory to plan for, such as 24GB, or cpu; default: what torch sees")] = None,
+         tuning: Annotated[str, typer.Option(help="full, lora or qlora; auto: the first of them that fits (on a CPU: lora)")] = "auto",
+         drop_bad_rows: Annotated[bool, typer.Option("--drop-bad-rows", help="leave out rows that cannot be used; else they stop this")] = False,
+         yes: Annotated[bool, typer.Option("--yes", help="ask nothing: defaults for what is not given")] = False) -> None:
+    """A recipe for your own model, data and GPU: asks for what is not given, checks the data, and plans until it fits."""
+    from posttrain import init as first
+
+    for text in columns or []:
+        _two_names(text)
+    given = first.Given(model=model, pairs=pairs or [], helpful=helpful or [], safety=safety or [], demonstrations=demonstrations, prompts=prompts,
+                        format=format, columns=dict(c.split("=", 1) for c in columns or []), gpu=gpu, tuning=tuning, drop_bad_rows=drop_bad_rows)
+    first.run(recipe, given, first.Asker(yes))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="as JSON, for programs")] = False) -> None:
+    """What is installed, which GPU, what is missing, and the command that adds it. Exit code 0 where the core is usable."""
+    import json
+
+    from posttrain import doctor as physician
+
+    lines = physician.look()
+    say(json.dumps(physician.to_json(lines), indent=1) if as_json else physician.render(lines))
+    raise typer.Exit(not physician.usable(lines))
+
+
 def _refuse_misplaced(path: Path, of_recipe: bool, overrides: list[str], format: str | None, columns: list[str]) -> None:
     """Words of check-data that would be passed over: a recipe's with a file, a file's with a recipe, a column without its name."""
     place = f"check-data {path.name}"
@@ -160,9 +217,13 @@ def _refuse_misplaced(path: Path, of_recipe: bool, overrides: list[str], format:
         raise PosttrainError(place, f"{given[0]} belongs to a data file, and this is a recipe", "format and columns in the recipe's data section",
                              "Write them there, or override them, such as data.NAME.0.format=FORMAT.")
     for text in columns:
-        if not all(text.partition("=")):
-            raise PosttrainError(f"--columns '{text}'", "not two names joined by '='", "OURS=THEIRS, such as prompt=question",
-                                 "Give --columns once for every column to map.")
+        _two_names(text)
+
+
+def _two_names(text: str) -> None:
+    if not all(text.partition("=")):
+        raise PosttrainError(f"--columns '{text}'", "not two names joined by '='", "OURS=THEIRS, such as prompt=question",
+                             "Give --columns once for every column to map.")
 
 
 def quiet_libraries() -> None:

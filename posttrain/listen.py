@@ -1,0 +1,39 @@
+"""One address of this machine, and a server on it until it is stopped. The port is bound first, so that one in use is told before a model is loaded."""
+
+import socket
+from contextlib import suppress
+
+from posttrain.errors import PosttrainError
+
+BACKLOG = 256
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """port 0: any free one. Raises PosttrainError where the address cannot be had."""
+    try:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host.strip("[]"), port))
+        listener.listen(BACKLOG)  # from here on a client waits and is not refused
+    except OSError as e:
+        raise PosttrainError(f"--host {host} --port {port}", f"cannot be listened on ({e.strerror})", "a free port of this machine",
+                             "Name another --port, or stop what uses it.") from None
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def server(app, lifespan: str = "off"):
+    import uvicorn
+
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan=lifespan,
+                                         timeout_graceful_shutdown=3, limit_concurrency=500))
+
+
+def run(made, listener: socket.socket) -> None:
+    """Serve until Ctrl-C or a request to end."""
+    with listener, suppress(KeyboardInterrupt):
+        made.run(sockets=[listener])
