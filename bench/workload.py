@@ -110,7 +110,7 @@ def end_ours_at(lengths: dict[tuple[int, ...], list[int]]) -> None:
     because of a token."""
     from posttrain import generate
 
-    plain = getattr(generate._Loop, "plain", generate._Loop)
+    plain = getattr(generate.Loop, "plain", generate.Loop)
 
     class Forced(plain):
         def _choose(self, hidden, rows):
@@ -120,7 +120,7 @@ def end_ours_at(lengths: dict[tuple[int, ...], list[int]]) -> None:
                 if len(self.ids[p][s]) >= lengths[tuple(self.prompts[p])][s]:
                     self.rows[row], self.lengths[row] = None, 0
 
-    Forced.plain, generate._Loop = plain, Forced
+    Forced.plain, generate.Loop = plain, Forced
 
 
 def end_hf_at(model, lengths: dict[tuple[int, ...], list[int]], count=None) -> None:

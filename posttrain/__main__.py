@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from posttrain import distributed, runs
+from posttrain import chat_command, distributed, runs
+from posttrain import serve as serve_command
 from posttrain.annotate import command as annotate
 from posttrain.config import dump_yaml, load_recipe
 from posttrain.errors import PosttrainError
@@ -16,6 +17,8 @@ from posttrain.log import say
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="The Llama 2-Chat recipe: supervised fine-tuning, two reward models, rejection sampling, PPO, evaluation, export.")
 app.add_typer(annotate.app, name="annotate")
+app.command("chat")(chat_command.chat)
+app.command("serve")(serve_command.serve)
 
 RecipeArg = Annotated[Path, typer.Argument(help="a recipe file, such as recipes/tiny.yaml", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as stages.sft.learning_rate=1e-4", show_default=False)]
@@ -58,12 +61,11 @@ def _report(this: runs.Run) -> None:
     say(f"\nReport: {path}")
     chat = [n for n, c in loaded_exports(this) if this.section(n).state() == "done"]
     if chat:
-        folder = this.section(chat[-1]).results().get("folder", this.section(chat[-1]).folder / "model")
         say("Next:")
         say(f"  open {path} in a browser")
         say(f"  python -m posttrain show {this.recipe.path}")
-        say(f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{folder}')"
-            "([{'role': 'user', 'content': 'Why is the sky blue?'}])[0]['generated_text'][-1]['content'])\"")
+        say(f"  python -m posttrain chat {this.recipe.path}")
+        say(f"  python -m posttrain serve {this.recipe.path}    # an OpenAI-compatible endpoint; docs/deploy.md: other tools")
 
 
 def loaded_exports(this: runs.Run):

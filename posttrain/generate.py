@@ -126,10 +126,10 @@ def sample(roles: Roles, role: str, prompts: list[list[int]], samples: int, samp
     if roles.engine is not None:
         return roles.engine.sample(roles, role, prompts, samples, sampling, seed, stop=stop, batch=batch, tick=tick, only=only)
     with torch.inference_mode():
-        return _Loop(roles, role, prompts, samples, sampling, seed, stop, batch, tick, only).run()
+        return Loop(roles, role, prompts, samples, sampling, seed, stop, batch, tick, only).run()
 
 
-class _Loop:
+class Loop:
     def __init__(self, roles, role, prompts, samples, sampling, seed, stop, batch, tick, only):
         self.roles, self.role, self.prompts, self.sampling, self.stop, self.tick = roles, role, prompts, sampling, stop, tick
         self.device, self.body, self.weight = roles.device, roles.decoder(role), roles.vocabulary(role)

@@ -1,4 +1,4 @@
-"""One address of this machine, and a server on it until it is stopped. The port is bound first, so that one in use is told before a model is loaded."""
+"""One address of this machine, and a server on it until it is stopped. A port in use is told before a model is loaded: it is bound first."""
 
 import socket
 from contextlib import suppress

@@ -31,7 +31,7 @@ def test_the_contenders_do_the_same_work(run):
 @pytest.fixture
 def restored(monkeypatch):
     """The sampler is as before afterwards."""
-    monkeypatch.setattr(generate, "_Loop", generate._Loop)
+    monkeypatch.setattr(generate, "Loop", generate.Loop)
 
 
 def test_our_answers_end_where_they_are_told(restored, make_roles, scramble):
