@@ -10,7 +10,6 @@ change of a key that the answers don't depend on (NO_PART_OF_THE_ANSWERS).
 """
 
 import random
-import shutil
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from posttrain.errors import PosttrainError
 from posttrain.formats import Prompt
 from posttrain.generate import Sampling
 from posttrain.models import Roles, add_models, roles_for
-from posttrain.runs import Section, read_json, write_json, write_lines
+from posttrain.runs import Section, read_json, write_atomic, write_json, write_lines
 from posttrain.statistics import interval, standard_error
 from posttrain.training import budget_of
 from reward.score import Scorer, load_scorer, raw_score
@@ -116,10 +115,10 @@ def _take_over(section: Section) -> None:
     for folder in sorted(earlier, key=lambda p: p.stat().st_mtime, reverse=True):
         manifest = read_json(folder / "manifest.json")
         if asked(manifest) == asked(section.manifest):
-            for path in (*folder.glob("answers-*.json"), *folder.glob("judgements.jsonl")):
-                shutil.copy(path, section.folder)
             section.manifest["decisions"] = manifest.get("decisions", {})
             section.save_manifest()
+            for path in (*folder.glob("judgements.jsonl"), *folder.glob("answers-*.json")):  # answers last: with one there, this is not done again
+                write_atomic(section.folder / path.name, path.read_text(encoding="utf-8"))
             taken = [name for name in section.config.models if _kept(section, name)]
             section.log.say(f"answers of {len(taken)} models are those of an earlier result, since they depend on nothing that changed")
             return
