@@ -27,7 +27,7 @@ NOTICES = {  # what these licences ask every copy to carry: the notice, the word
 
 def public(text: str) -> str:
     """A name or path as strangers may see it: nothing of this machine's folders."""
-    return f".../{Path(text).name}" if text.startswith(("/", "~")) else text
+    return f".../{Path(text).name}" if text.startswith(("/", "~", "..")) else text
 
 
 COLUMNS = [  # of the evaluation table: key, heading, form
