@@ -91,6 +91,16 @@ class HeldOut(Strict):
 class StageConfig(Strict):
     stage: str
 
+    def idle(self) -> dict:
+        """Keys that came later than the first recipes, with the values at which they change nothing."""
+        return {}
+
+    @model_serializer(mode="wrap")
+    def _used_keys(self, dump):
+        """Without idle keys: such a section keeps the fingerprint it had before they existed."""
+        idle = self.idle()
+        return {k: v for k, v in dump(self).items() if k not in idle or v != idle[k]}
+
 
 class AnsweringConfig(StageConfig):
     """What every stage that samples answers shares."""
@@ -99,10 +109,8 @@ class AnsweringConfig(StageConfig):
     batch: int = Field(64, ge=1, description="samples decoded side by side")
     engine: Literal["ours", "vllm"] = Field("ours", description="what samples: our own loop, or vLLM where it is installed (extra [vllm])")
 
-    @model_serializer(mode="wrap")
-    def _used_keys(self, dump):
-        """Without the engine where it is ours: such a section keeps the fingerprint it had before there was a choice."""
-        return {k: v for k, v in dump(self).items() if (k, v) != ("engine", "ours")}
+    def idle(self) -> dict:
+        return super().idle() | {"engine": "ours"}
 
 
 class ComparisonConfig(AnsweringConfig):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_serializer
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain.config import AnsweringConfig, DataNames, ModelRef, StageConfig
@@ -41,11 +41,9 @@ class RejectionStage(SamplingConfig):
             raise PydanticCustomError("temperature", "a number above 0, or a list of different ones")
         return value
 
-    @model_serializer(mode="wrap")
-    def _used_keys(self, dump):
-        """Without the keys that do nothing here: a section that uses none of them keeps the fingerprint it had before they existed."""
-        idle = {"engine": self.engine == "ours", "fresh": not self.fresh, "pool": not self.pool, "sweep_prompts": not isinstance(self.temperature, list)}
-        return {k: v for k, v in dump(self).items() if not idle.get(k)}
+    def idle(self) -> dict:
+        swept = isinstance(self.temperature, list)
+        return super().idle() | {"fresh": False, "pool": []} | ({} if swept else {"sweep_prompts": self.sweep_prompts})
 
 
 class PPOStage(SamplingConfig):
@@ -96,11 +94,8 @@ class PPOStage(SamplingConfig):
             raise PydanticCustomError("engine", "Ppo with engine: vllm (TRL samples for the others)")
         return algorithm
 
-    @model_serializer(mode="wrap")
-    def _used_keys(self, dump):
-        """Without later keys that are as if they did not exist: such a section keeps its fingerprint."""
-        plain = {"engine": "ours", "algorithm": "ppo", "pairs": [], "kl_estimator": "k1", "passes": 1, "score_clip": None, "entropy": False}
-        return {k: v for k, v in dump(self).items() if k not in plain or v != plain[k]}
+    def idle(self) -> dict:
+        return super().idle() | {"algorithm": "ppo", "pairs": [], "kl_estimator": "k1", "passes": 1, "score_clip": None, "entropy": False}
 
 
 class CollectStage(AnsweringConfig):

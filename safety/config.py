@@ -4,7 +4,7 @@ import re
 from ipaddress import ip_address
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_serializer
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain.config import AnsweringConfig, ComparisonConfig, DataNames, ModelRef, Strict
@@ -113,8 +113,5 @@ class EvaluateStage(ComparisonConfig):
     max_false_refusal: float | None = Field(None, ge=0, le=1, description="a gate: the run fails where the last model refuses more of the helpful, or "
                                                                           "more of the borderline prompts. The mean is compared, not its interval")
 
-    @model_serializer(mode="wrap")
-    def _used_keys(self, dump):
-        """Without what came later, where it is not used: such a section keeps the fingerprint it had before (as AnsweringConfig's engine does)."""
-        unused = ("judge", "judge_rows", "max_violation", "max_false_refusal")
-        return {k: v for k, v in dump(self).items() if (k, v) != ("engine", "ours") and not (k in unused and v is None)}
+    def idle(self) -> dict:
+        return super().idle() | dict.fromkeys(("judge", "judge_rows", "max_violation", "max_false_refusal"))

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_serializer
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain.config import AnsweringConfig, ComparisonConfig, DataNames, ModelRef, TrainingConfig
@@ -20,10 +20,8 @@ class SFTStage(TrainingConfig):
     safety_fraction: float = Field(1.0, ge=0, le=1, description="share of the safety demonstrations (rows tagged as safety) to train on, beside all "
                                                                 "others (paper 4.2.3); a smaller one's rows are among a larger one's")
 
-    @model_serializer(mode="wrap")
-    def _used_keys(self, dump):
-        """Without the fraction where it is all: such a section keeps the fingerprint it had before there was a choice."""
-        return {k: v for k, v in dump(self).items() if (k, v) != ("safety_fraction", 1.0)}
+    def idle(self) -> dict:
+        return super().idle() | {"safety_fraction": 1.0}
 
 
 class GattStage(AnsweringConfig):
