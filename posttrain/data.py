@@ -405,6 +405,13 @@ def prompt_key(item: Item) -> str:
     return hashlib.sha256(" ".join(first.split()).casefold().encode()).hexdigest()
 
 
+def first_prompts(items: list[Item], count: int, seed: int) -> list[int]:
+    """The indices of `count` items, in order: those of the first prompts, in an order of prompts that the seed fixes.
+
+    So a smaller count's are among a larger one's, and at most one prompt has some of its items in and some out."""
+    return _take([hashlib.sha256(f"{seed}:{prompt_key(i)}".encode()).digest() for i in items], count)
+
+
 def held_out_keys(keys: list[str], count: int, seed: int, place: str) -> frozenset[str]:
     """Whole groups of rows with one prompt, in an order fixed by the seed, until `count` rows are reached."""
     groups, chosen, taken = Counter(keys), set(), 0

@@ -62,8 +62,8 @@ def mixed_rows(own: int, other: int, own_share: float) -> tuple[int, int]:
 
 
 def fraction_rows(rows: int, fraction: float) -> int:
-    """Pairs that `fraction` leaves of one side of a mix (as reward.mix); never none of some."""
-    return min(rows, max(1, round(rows * fraction)))
+    """Rows that `fraction` leaves (as reward.mix and sft.train); never none of some, but for the fraction 0."""
+    return min(rows, max(1, round(rows * fraction))) if fraction else 0
 
 
 def packed_rows(rows: int, tokens: float, width: int) -> int:
@@ -309,8 +309,7 @@ class Planner:
             return count if config.safety_fraction == 1 else count._replace(rows_are="estimated")
         items = [i for n in config.data for i in self.data.split(n).train]
         safe = [i for i in items if i.safety]
-        used = fraction_rows(len(safe), config.safety_fraction) if config.safety_fraction and safe else 0
-        return count_items([i for i in items if not i.safety] + safe[:used])
+        return count_items([i for i in items if not i.safety] + safe[:fraction_rows(len(safe), config.safety_fraction)])
 
     def sft(self, config) -> dict:
         count = self.demonstrations(config)

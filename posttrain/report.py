@@ -16,7 +16,7 @@ from pathlib import Path
 from posttrain import config as cfg
 from posttrain.log import duration
 from posttrain.plots import UNSHOWN
-from posttrain.report_evaluate import models_of, paired
+from posttrain.report_evaluate import paired
 from posttrain.report_parts import FAULTS, PARTS, keys_of, other_part
 from posttrain.report_pieces import Part, some, table
 from posttrain.report_views import (
@@ -30,6 +30,7 @@ from posttrain.report_views import (
     interval,
     listed,
     loose,
+    models_of,
     moved,
     number,
     percent,

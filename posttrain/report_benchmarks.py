@@ -12,6 +12,7 @@ from posttrain.report_views import (
     interval,
     listed,
     loose,
+    models_of,
     moved,
     number,
     percent,
@@ -23,10 +24,6 @@ from posttrain.report_views import (
 )
 
 ENDS = 3  # answers of lowest and of highest sentiment that are shown
-
-
-def models_of(v: View) -> dict[str, dict]:
-    return table_of(v.results.get("models"))
 
 
 def checks_table(vs: list[View], v: View) -> list[Table]:

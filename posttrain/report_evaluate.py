@@ -10,10 +10,12 @@ from posttrain.report_views import (
     cell,
     clip,
     dig,
+    ends_of,
     fixed,
     interval,
     listed,
     loose,
+    models_of,
     number,
     percent,
     plain,
@@ -57,15 +59,6 @@ def scale_words(vs: list[View]) -> str:
     if not any(v.results.get("standardize_rewards") for v in vs):
         return ""
     return " Before they are merged, each model's scores are put on their own held-out mean and deviation: 1 is one deviation of that model."
-
-
-def models_of(v: View) -> dict[str, dict]:
-    return table_of(v.results.get("models"))
-
-
-def ends_of(found: list) -> list:
-    """The first and the last."""
-    return found[:1] + found[1:][-1:]
 
 
 # ---------------------------------------------------------------- differences of pairs

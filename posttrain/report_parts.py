@@ -12,7 +12,7 @@ from posttrain.plots import Dot, Line
 from posttrain.report_benchmarks import bold_part, diversity_part, first_task, last_sentiment, last_slopes, lm_eval_part
 from posttrain.report_directions import counted, directions_of, directions_part
 from posttrain.report_distill import distill_gain, distill_part
-from posttrain.report_evaluate import models_of, scale_words
+from posttrain.report_evaluate import scale_words
 from posttrain.report_gatt import gatt_part, recall_of
 from posttrain.report_pieces import Figure, Fold, Part, Table, at, average, ci, drawn, everything, facts, named, said, some, table
 from posttrain.report_redteam import last_fixed, last_rate, redteam_part
@@ -29,6 +29,7 @@ from posttrain.report_views import (
     interval,
     listed,
     loose,
+    models_of,
     moved,
     number,
     percent,

@@ -2,7 +2,26 @@
 
 from posttrain import plots
 from posttrain.report_pieces import Figure, Fold, Part, Table, at, dot, drawn, facts, named, said, some, table
-from posttrain.report_views import GAP, View, cell, clip, dig, fixed, interval, listed, loose, number, percent, plain, rows_of, table_of, turns, word
+from posttrain.report_views import (
+    GAP,
+    View,
+    cell,
+    clip,
+    dig,
+    ends_of,
+    fixed,
+    interval,
+    listed,
+    loose,
+    models_of,
+    number,
+    percent,
+    plain,
+    rows_of,
+    table_of,
+    turns,
+    word,
+)
 
 AXIS = "violations per 100 attacks"
 GROUPS = (("by_vector", "vector"), ("by_category", "category"))
@@ -26,10 +45,6 @@ def redteam_part(vs: list[View]) -> Part:
     return part
 
 
-def models_of(v: View) -> dict[str, dict]:
-    return table_of(v.results.get("models"))
-
-
 def rate_of(row: dict):
     """Violations per 100, with its interval."""
     return interval(row.get("violations_per_100"))
@@ -47,8 +62,7 @@ def models_figure(vs: list[View], v: View) -> list[Figure]:
 
 def vectors_figure(vs: list[View], v: View) -> list[Figure]:
     """The first and the last model under every vector; the table has all of them."""
-    found = [(name, i, table_of(m.get("by_vector"))) for i, (name, m) in enumerate(models_of(v).items())]
-    found = found[:1] + found[1:][-1:]
+    found = ends_of([(name, i, table_of(m.get("by_vector"))) for i, (name, m) in enumerate(models_of(v).items())])
     vectors = list(dict.fromkeys(vector for _, _, rows in found for vector in rows))
     rows = some(*(dot(rate_of(rows[vector]), name, style=i, group=plain(vector)) for vector in vectors for name, i, rows in found if vector in rows))
     if not rows:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from posttrain import plots
 from posttrain.plots import Line
-from posttrain.report_evaluate import evaluate_part, models_of
+from posttrain.report_evaluate import evaluate_part
 from posttrain.report_pieces import Figure, Part, Table, drawn, named, some, table
 from posttrain.report_reward import sigma
-from posttrain.report_views import Interval, View, cell, dig, fixed, interval, listed, loose, number, percent, word
+from posttrain.report_views import Interval, View, cell, dig, fixed, interval, listed, loose, models_of, number, percent, word
 from posttrain.statistics import interval as measured
 
 SCORES = (("adversarial", "safety"), ("helpful", "helpfulness"))  # kind of prompts, and the score that counts there

@@ -59,6 +59,11 @@ def table_of(value) -> dict[str, dict]:
     return {str(k): v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
 
 
+def ends_of(found: list) -> list:
+    """The first and the last."""
+    return found[:1] + found[1:][-1:]
+
+
 def rows_of(value) -> list[dict]:
     """The entries of a list that are dicts."""
     return [r for r in value if isinstance(r, dict)] if isinstance(value, list) else []
@@ -222,6 +227,11 @@ class View:
 
     def config_text(self) -> str:
         return _guard(lambda: (self.folder / "config.yaml").read_text(encoding="utf-8"), "")
+
+
+def models_of(v: View) -> dict[str, dict]:
+    """What a section measured of each of its models."""
+    return table_of(v.results.get("models"))
 
 
 def _guard(read, otherwise):

@@ -1,9 +1,8 @@
 """The two mixes (paper section 3.2.2): helpfulness own : other = 50 : 50, safety 90 : 10, by rows, the larger side sub-sampled."""
 
-import hashlib
 import random
 
-from posttrain.data import content, pick, prompt_key
+from posttrain.data import content, first_prompts, pick
 from posttrain.formats import Pair
 from posttrain.plan import fraction_rows
 
@@ -29,14 +28,8 @@ def mix(own: list[Pair], other: list[Pair], own_share: float, seed: int, fractio
 
 
 def part(pairs: list[Pair], fraction: float, seed: int) -> list[Pair]:
-    """A fraction of the pairs, kept in order: those of the first prompts, in an order of prompts that the seed fixes.
-
-    So the pairs of 0.25 contain those of 0.125, and at most one prompt has some of its pairs in and some out."""
-    if fraction >= 1:
-        return pairs
-    place = [hashlib.sha256(f"{seed}:{prompt_key(p)}".encode()).digest() for p in pairs]
-    first = sorted(range(len(pairs)), key=place.__getitem__)[:fraction_rows(len(pairs), fraction)]
-    return [pairs[i] for i in sorted(first)]
+    """A fraction of the pairs, by prompt: the pairs of 0.25 contain those of 0.125."""
+    return pairs if fraction >= 1 else [pairs[i] for i in first_prompts(pairs, fraction_rows(len(pairs), fraction), seed)]
 
 
 def without_unsafe_preferred(pairs: list[Pair]) -> tuple[list[Pair], int]:

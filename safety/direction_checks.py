@@ -236,10 +236,10 @@ def best_of_n(*rounds: Section) -> Found:
 
 def temperature(*rounds: Section) -> Found:
     """Fig. 8: the best temperature is higher after RLHF. The value: the last round's less the first one's, over resampled prompts."""
-    first, last = best_temperatures(rounds[0]), best_temperatures(rounds[-1])
+    first, *_, last = found = [best_temperatures(s) for s in rounds]
     gaps = last[1] - first[1]
     value = {"mean": last[0] - first[0], "low": float(np.percentile(gaps, 2.5)), "high": float(np.percentile(gaps, 97.5))}
-    return Found(value, above(value), ", ".join(f"{s.name} {best_temperatures(s)[0]:g}" for s in rounds))
+    return Found(value, above(value), ", ".join(f"{s.name} {best:g}" for s, (best, _) in zip(rounds, found, strict=True)))
 
 
 def best_temperatures(source: Section) -> tuple[float, np.ndarray]:

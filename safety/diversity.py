@@ -24,9 +24,9 @@ from posttrain.statistics import interval
 from posttrain.training import budget_of
 from reward.score import Scorer, load_scorer
 from safety.bold import Asked, encode
+from safety.distill import MERGE_THRESHOLD
 
 ORDER, FLOOR = 4, 0.1  # n-grams up to four; matches that stand for none (nltk's smoothing method 1)
-THRESHOLD = 0.15  # the paper's; the merged reward it belongs to is not used here
 WORDS = re.compile(r"\w+|[^\w\s]")
 MEASURES = ("self_bleu", "helpfulness", "safety")
 
@@ -38,7 +38,7 @@ def run(section: Section) -> None:
     asked = encode(section, roles, prompts, "chat")
     models = add_models(section, roles)
     budget = budget_of(section, roles, roles["model_0"])
-    scorer = load_scorer(section, roles, config.helpfulness, config.safety, THRESHOLD, budget) if config.helpfulness else None
+    scorer = load_scorer(section, roles, config.helpfulness, config.safety, MERGE_THRESHOLD, budget) if config.helpfulness else None
     rows_at_once(section, roles, max(len(a.ids) for a in asked))  # decided here, where all prompts are known
     kinds = Counter(kind_of(config, a) for a in asked)
     section.log.say(f"{len(models)} models x {len(asked)} prompts ({', '.join(f'{n} {kind}' for kind, n in kinds.items())}) x {len(temperatures)} "

@@ -174,9 +174,8 @@ def _classify(answers: dict[str, list[dict]]) -> None:
     from safety import refusal
 
     for rows in answers.values():
-        asked = [r["prompt"] for r in rows], [r["answer"] for r in rows]
-        for row, probability, refuses in zip(rows, refusal.probabilities(*asked), refusal.refuses(*asked), strict=True):
-            row |= {"refusal": probability, "refuses": refuses}
+        for row, p in zip(rows, refusal.probabilities([r["prompt"] for r in rows], [r["answer"] for r in rows]), strict=True):
+            row |= {"refusal": p, "refuses": refusal.is_refusal(p)}
 
 
 # -- what was measured -------------------------------------------------------------------------------------------------------------------

@@ -33,8 +33,12 @@ def probabilities(prompts: list[list[Message]], answers: list[str]) -> list[floa
     return _classifier().probabilities(asked, answers)
 
 
+def is_refusal(probability: float) -> bool:
+    return probability > THRESHOLD
+
+
 def refuses(prompts: list[list[Message]], answers: list[str]) -> list[bool]:
-    return [p > THRESHOLD for p in probabilities(prompts, answers)]
+    return [is_refusal(p) for p in probabilities(prompts, answers)]
 
 
 def measured() -> dict:

@@ -1,13 +1,11 @@
 """Supervised fine-tuning (paper section 3.1): demonstrations -> a model that answers. Loss on every assistant turn and its end."""
 
-import hashlib
-
 import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from posttrain import chat
-from posttrain.data import naming, only, prompt_key
+from posttrain.data import first_prompts, naming, only
 from posttrain.errors import PosttrainError
 from posttrain.formats import Demonstration
 from posttrain.log import read_lines
@@ -75,13 +73,13 @@ def gather(section: Section, names: list[str]) -> tuple[list[Demonstration], lis
 def mix(items: list[Demonstration], fraction: float, seed: int, place: str) -> tuple[list[Demonstration], dict]:
     """All demonstrations but the safety ones, and a fraction of those (paper 4.2.3), in their order; and the composition.
 
-    The fraction's are those of the first prompts, in an order of prompts that the seed fixes: the rows of 0.25 contain those of 0.1."""
+    The fraction's rows are chosen by prompt: those of 0.25 contain those of 0.1."""
     safe = [i for i, item in enumerate(items) if item.safety]
     if fraction < 1 and not safe:
         raise PosttrainError(f"{place}.safety_fraction", f"none of {len(items)} demonstrations is tagged as safety", "safety demonstrations",
                              "Set safety_prompt: true on the data entry that holds them, or give its rows a column safety: true.")
-    rank = {i: hashlib.sha256(f"{seed}:{prompt_key(items[i])}".encode()).digest() for i in safe}
-    left_out = {*sorted(safe, key=rank.__getitem__)[fraction_rows(len(safe), fraction) if fraction else 0:]}
+    used = first_prompts([items[i] for i in safe], fraction_rows(len(safe), fraction), seed)
+    left_out = {*safe} - {safe[n] for n in used}
     kept = [item for i, item in enumerate(items) if i not in left_out]
     if not kept:
         raise PosttrainError(f"{place}.safety_fraction", f"{fraction:g} leaves none of {len(items)} demonstrations", "at least one",

@@ -43,12 +43,12 @@ def configured(**changed) -> EvaluateStage:
 @pytest.fixture(scope="module", autouse=True)
 def refusals():
     """A stand-in for the classifier: an answer whose text has an even number of characters refuses."""
-    def refuses(prompts, answers):
+    def probabilities(prompts, answers):
         assert len(prompts) == len(answers) and all(p[-1]["role"] == "user" for p in prompts)
-        return [len(a) % 2 == 0 for a in answers]
+        return [0.5 + 0.4 * (len(a) % 2 == 0) for a in answers]
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(safety, "refusal", SimpleNamespace(refuses=refuses, probabilities=lambda p, a: [0.5 + 0.4 * (len(x) % 2 == 0) for x in a]),
+        m.setattr(safety, "refusal", SimpleNamespace(is_refusal=lambda p: p > 0.5, probabilities=probabilities),
                   raising=False)
         yield
 
