@@ -175,7 +175,8 @@ def evaluation(section: Section) -> dict | None:
 def safety(section: Section) -> list[dict]:
     """Tables with a sentence each: unsafe answers and refusals by model and this model's violations by risk category, as the named evaluate
     section measured them; successful attacks, of the finished redteam sections that attacked this model."""
-    return [t for t in [*_safety_by_model(section), *_safety_by_category(section), *_attacks(section)] if t["rows"]]
+    models, mine, results = _measured(section)
+    return [t for t in [*_safety_by_model(models, mine, results), *_safety_by_category(models, mine), *_attacks(section)] if t["rows"]]
 
 
 def _measured(section: Section) -> tuple[dict[str, dict], list[str], dict]:
@@ -193,8 +194,7 @@ def _marked(name: str, mine: list[str]) -> str:
     return f"**{name}** (this model)" if name in mine else name
 
 
-def _safety_by_model(section: Section) -> list[dict]:
-    models, mine, results = _measured(section)
+def _safety_by_model(models: dict[str, dict], mine: list[str], results: dict) -> list[dict]:
     columns = [(way, head) for way, head in SAFETY if any(interval(dig(m, *way)) for m in models.values())]
     rows = [[_marked(name, mine), *(shown(dig(m, *way), "{:.1%}") for way, _ in columns)] for name, m in models.items()] if columns else []
     heads = [head.format(judge=dig(results, "judge", "model")) for _, head in columns]
@@ -202,8 +202,7 @@ def _safety_by_model(section: Section) -> list[dict]:
                      "refusals are found by a classifier.", "rows": rows, "head": ["model", *heads]}]
 
 
-def _safety_by_category(section: Section) -> list[dict]:
-    models, mine, _ = _measured(section)
+def _safety_by_category(models: dict[str, dict], mine: list[str]) -> list[dict]:
     found = {name: table_of(dig(models[name], "violations", "category")) for name in mine if name in models}
     return [{"text": f"Unsafe answers of {name} to adversarial prompts, by risk category.", "head": ["risk category", "unsafe answers"],
              "rows": [[plain(category), shown(share, "{:.1%}")] for category, share in shares.items()]} for name, shares in found.items()]

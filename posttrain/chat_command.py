@@ -312,12 +312,9 @@ def _loaded(found: list[Version]):
 
 
 def _on_a_page(found: list[Version], settings: Settings, system: str, host: str, port: int, password_file: Path | None) -> None:
-    from importlib.util import find_spec
-
-    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
-        raise PosttrainError("chat --web", f"{', '.join(missing)} not installed", "the extra [ui]",
-                             "Run `make install` in the checkout, or `pip install -e '.[ui]'`.")
     from posttrain import listen
+
+    listen.need_ui("chat --web", "starlette", "uvicorn")
     from posttrain.annotate import site
     from posttrain.chat_web import build
 

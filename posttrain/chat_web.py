@@ -10,17 +10,16 @@ from pathlib import Path
 from threading import Event
 from typing import Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from posttrain import annotate
-from posttrain.annotate.site import Gate, Guard, TooLong, form_of
+from posttrain.annotate.site import Gate, Guard, TooLong, form_of, templates_in, too_long, turned_away
 from posttrain.chat_command import Settings
 from posttrain.errors import PosttrainError
 
@@ -51,7 +50,7 @@ class Page:
         self.gate = Gate(secrets.token_hex(16), password, cookie)
         self.one = ThreadPoolExecutor(1)  # the versions share layers and caches: one answer at a time, the others wait
         self.drawn = 0
-        self.templates = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        self.templates = templates_in(HERE)
         self.version = str(int(max(p.stat().st_mtime for p in [*HERE.iterdir(), *SHARED.iterdir()])))
         self.app = Starlette(
             routes=[Route("/", self.home), Route("/sign-in", self.sign_in, methods=["POST"]), Route("/answer", self.answer, methods=["POST"]),
@@ -67,8 +66,8 @@ class Page:
     async def sign_in(self, request: Request) -> Response:
         right = await self.gate.check((await form_of(request)).get("password", ""))
         if not right:
-            words = "That is not the password." if right is not None else "Too many people are trying. Wait a minute."
-            return self.render("sign_in", 403 if right is not None else 429, message=words)
+            words, status = turned_away(right)
+            return self.render("sign_in", status, message=words)
         response = RedirectResponse("/", 303)
         self.gate.admit(response, "guest", request.url.scheme == "https")
         return response
@@ -124,10 +123,6 @@ class Page:
     def render(self, name: str, status: int = 200, message: str = "") -> HTMLResponse:
         return HTMLResponse(self.templates.get_template(f"{name}.html.j2").render(
             version=self.version, names=self.names, settings=self.settings, system=self.system, message=message), status)
-
-
-async def too_long(request: Request, _) -> Response:
-    return PlainTextResponse("That is too long.\n", 413)
 
 
 def build(speaker, names: list[str], settings: Settings, system: str, password: str | None, cookie: str = "chat") -> Starlette:

@@ -113,6 +113,13 @@ class AnsweringConfig(StageConfig):
         return super().idle() | {"engine": "ours"}
 
 
+def both_models(safety: str | None, info: ValidationInfo) -> str | None:
+    """A validator of `safety` where the two reward models may be left out."""
+    if (safety is None) != (info.data.get("helpfulness") is None):
+        raise PydanticCustomError("both", "Both reward models, helpfulness and safety, or none")
+    return safety
+
+
 class ComparisonConfig(AnsweringConfig):
     """What the stages share that put several models side by side (decoding as the paper's section 4.1)."""
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from posttrain import attention, builtin, chat, decoder, distributed
 from posttrain.config import LoraSettings, ModelConfig
+from posttrain.doctor import bf16_flags
 from posttrain.errors import PosttrainError
 from posttrain.packing import MicroBatch
 from posttrain.tensors import token_logprobs
@@ -36,15 +37,7 @@ def choose_dtype(config: ModelConfig, full: bool = False) -> str:
         return "float32"
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_has_bf16() else "float32"
-
-
-def _cpu_has_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and bf16_flags() else "float32"
 
 
 def device() -> torch.device:

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import psutil
 import typer
 
-from posttrain import listen, versions
+from posttrain import listen, versions, watch
 from posttrain.errors import PosttrainError
 from posttrain.log import say
 
@@ -56,7 +56,6 @@ def serve(model: Annotated[str, typer.Argument(metavar="RUN", help="a recipe, a 
     listener = listen.listen(host, port)
 
     # 2. The folder, the engine on it, the proxy before the engine; whatever happens, the engine ends with this process.
-    from posttrain.annotate.site import is_loopback
     from posttrain.servable import folder_of
     from posttrain.serve_proxy import Proxy
 
@@ -73,7 +72,7 @@ def serve(model: Annotated[str, typer.Argument(metavar="RUN", help="a recipe, a 
         server = listen.server(Proxy(behind.url, behind.model, name, key).app, "on")
         behind.at_end = lambda: setattr(server, "should_exit", True)
         say(f"{name} answers at {listen.address(listener)}/v1 ({engine}, {dtype}{', with the API key' if key else ''}). Ctrl-C stops it.")
-        if key and not is_loopback(host):
+        if key and not listen.is_loopback(host):
             say("note: key and text cross the network as they are: put a proxy with https before this address, or reach it through ssh -L")
         listen.run(server, listener)
         behind.check()
@@ -102,13 +101,11 @@ def check_installed(engine: str) -> None:
 
 def read_key(host: str, given: str | None, variable: str | None) -> str | None:
     """Raises PosttrainError where there is none for a host beyond this machine, and for a short one."""
-    from posttrain.annotate.site import is_loopback
-
     if given is not None and variable is not None:
         raise PosttrainError("--api-key, --api-key-env", "both given", "one of them", "Leave one out.")
     place = "--api-key" if given is not None else f"--api-key-env {variable}"
     key = given if given is not None else os.environ.get(variable, "") if variable else None
-    if key is None and not is_loopback(host):
+    if key is None and not listen.is_loopback(host):
         raise PosttrainError(f"--host {host}", "others can reach this address, and there is no API key",
                              f"a key of at least {SHORTEST} characters: --api-key, or --api-key-env with a variable's name",
                              f"Give one, such as {secrets.token_urlsafe(24)}, or leave --host out: this machine alone is answered then.")
@@ -144,9 +141,7 @@ class Engine:
             port = free.getsockname()[1]
         command, self.model = ENGINES[kind](folder, dtype, name, port)
         self.kind, self.url, self.said, self.at_end, self._closing = kind, f"http://127.0.0.1:{port}", deque(maxlen=30), lambda: None, False
-        self._watch = subprocess.Popen([sys.executable, "-P", str(Path(__file__).with_name("watch.py")), str(os.getpid())], stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE, start_new_session=True)
-        self._watch.stdout.readline()  # it watches
+        self._watch = watch.begin()
         quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
                  "TRANSFORMERS_VERBOSITY": "warning"}
         # -P: nothing in a model's folder is imported

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from posttrain import runs
-from posttrain.annotate import models
+from posttrain import builtin, runs
 from posttrain.config import ModelConfig, load_recipe, read_yaml
 from posttrain.errors import PosttrainError
 
 KINDS = ("sft", "ppo", "export")  # sections whose model answers
+NAMED = "a section's folder, a model folder, a built-in or hub name"
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,37 @@ def _sections(folder: Path) -> dict[str, dict]:
 
 
 def _at(spec: str) -> Version:
-    try:
-        folder, config, name = models.find(spec)
-    except PosttrainError as e:
-        raise PosttrainError(spec, e.found, e.expected.replace(", or URL#MODEL", ""), e.do) from None
+    folder, config, name = locate(spec, spec, NAMED)
     if folder is not None and not (folder / "adapter_config.json").exists():  # a whole model: its own base
         folder, config = None, ModelConfig(name_or_path=str(folder), dtype=config.dtype)
     return Version(name, folder, config)
+
+
+def locate(spec: str, place: str, expected: str) -> tuple[Path | None, ModelConfig, str]:
+    """(folder with weights or None for the base, the base's configuration, its name for the record). expected: what may be named here.
+
+    Raises PosttrainError(place, ...) for what cannot answer."""
+    path = Path(spec).expanduser()
+    section = next((p for p in (path, path.resolve().parent) if (p / "manifest.json").is_file() and (p / "config.yaml").is_file()), None)
+    if section:
+        kind = runs.read_json(section / "manifest.json").get("kind")
+        if kind not in KINDS:
+            raise PosttrainError(place, f"a section of the kind '{kind}'", "one whose model answers: sft, ppo or export", "Name such a section.")
+        folder = section / "model"
+        if not (section / "DONE").exists() or not folder.is_dir():
+            raise PosttrainError(place, "is not finished (no DONE, or no model)", "a finished section", "Run its recipe: it goes on from there.")
+        config = ModelConfig(**read_yaml(section / "config.yaml")["model"])
+        return folder, config, f"{section.resolve().parent.name}/{section.resolve().name}"
+    if path.is_dir():
+        adapter = runs.read_json(path / "adapter_config.json")
+        if adapter:
+            return path, ModelConfig(name_or_path=adapter["base_model_name_or_path"], revision=adapter.get("revision")), path.resolve().name
+        if (path / "config.json").exists():
+            return None, ModelConfig(name_or_path=str(path)), path.resolve().name
+        raise PosttrainError(place, "no model (neither adapter_config.json nor config.json)", "a section's folder or a model folder",
+                             "Check the path.")
+    if builtin.is_builtin(spec):
+        builtin.check(spec, place)
+    elif spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise PosttrainError(place, "no such folder", expected, "Check the path.")
+    return None, ModelConfig(name_or_path=spec), spec

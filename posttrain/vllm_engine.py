@@ -27,7 +27,6 @@ loop's greedy answers and the trainer's log-probabilities to 1e-5. Not run on a 
 import os
 import shutil
 import subprocess
-import sys
 import weakref
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -36,7 +35,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from posttrain import distributed
+from posttrain import distributed, watch
 from posttrain.config import ModelConfig
 from posttrain.errors import PosttrainError
 from posttrain.generate import Completion, Sampling, free_memory, row_bytes
@@ -170,10 +169,7 @@ def _watch(engine: VLLM) -> weakref.finalize:
         with watcher:
             watcher.kill()
 
-    watcher = subprocess.Popen([sys.executable, "-P", str(Path(__file__).with_name("watch.py")), str(os.getpid())], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, start_new_session=True)  # of its own: an interruption from the keyboard is not for it
-    watcher.stdout.readline()  # it watches
-    return weakref.finalize(engine, end, watcher)
+    return weakref.finalize(engine, end, watch.begin())
 
 
 def _completion(output, stop: int) -> Completion:

@@ -6,10 +6,19 @@ Run as a file, with the process's id; standard input is a pipe whose other end t
 
 import os
 import select
+import subprocess
 import sys
 from contextlib import suppress
 
 import psutil
+
+
+def begin() -> subprocess.Popen:
+    """A watch over this process, at work. It ends with this process, or when it is killed."""
+    watcher = subprocess.Popen([sys.executable, "-P", __file__, str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               start_new_session=True)  # of its own: an interruption from the keyboard is not for it
+    watcher.stdout.readline()  # it watches
+    return watcher
 
 
 def watch(pid: int) -> None:

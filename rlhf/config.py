@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from posttrain.config import AnsweringConfig, DataNames, ModelRef, StageConfig
+from posttrain.config import AnsweringConfig, DataNames, ModelRef, StageConfig, both_models
 
 
 class SamplingConfig(AnsweringConfig):
@@ -121,12 +121,7 @@ class CollectStage(AnsweringConfig):
             raise PydanticCustomError("variants", "Two different variants: two policies, or one at two temperatures")
         return temperatures
 
-    @field_validator("safety")
-    @classmethod
-    def _both_models(cls, safety: str | None, info: ValidationInfo) -> str | None:
-        if (safety is None) != (info.data.get("helpfulness") is None):
-            raise PydanticCustomError("both", "Both reward models, helpfulness and safety, or none")
-        return safety
+    _both_models = field_validator("safety")(both_models)
 
 
 class AnnotationsStage(StageConfig):

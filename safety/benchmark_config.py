@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from posttrain.config import ComparisonConfig, DataNames, Label, ModelRef, StageConfig
+from posttrain.config import ComparisonConfig, DataNames, Label, ModelRef, StageConfig, both_models
 
 
 class BoldStage(ComparisonConfig):
@@ -62,12 +62,7 @@ class DiversityStage(ComparisonConfig):
     chunk: int = Field(4, ge=1, description="prompts per chunk: the unit of resume")
     micro_batch_tokens: int | None = Field(None, ge=16)
 
-    @field_validator("safety")
-    @classmethod
-    def _both_models(cls, safety: str | None, info: ValidationInfo) -> str | None:
-        if (safety is None) != (info.data.get("helpfulness") is None):
-            raise PydanticCustomError("both", "Both reward models, helpfulness and safety, or none")
-        return safety
+    _both_models = field_validator("safety")(both_models)
 
 
 class LmEvalStage(StageConfig):

@@ -1,13 +1,13 @@
 """Configuration of the safety stages."""
 
 import re
-from ipaddress import ip_address
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain.config import AnsweringConfig, ComparisonConfig, DataNames, ModelRef, Strict
+from posttrain.listen import is_loopback
 
 ENDPOINT = re.compile(r"(https?)://([\w-]{1,63}(?:\.[\w-]{1,63})*|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(?:/[\w.~%+/-]*)?", re.ASCII | re.IGNORECASE)
 
@@ -83,11 +83,7 @@ class JudgeConfig(Strict):
 
 def is_local(url: str) -> bool:
     """Whether an ENDPOINT is on this machine, by its address or the name localhost."""
-    host = ENDPOINT.fullmatch(url)[2].strip("[]").lower()
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return is_loopback(ENDPOINT.fullmatch(url)[2].lower())
 
 
 class EvaluateStage(ComparisonConfig):

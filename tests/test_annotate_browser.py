@@ -106,6 +106,7 @@ def person(browser):
         page.on("console", lambda m: faults.append(f"the console says: {m.text}") if "Content Security Policy" in m.text else None)
         opened.append(context)
         page.goto(server.url)
+        until(page, FOCUS)
         page.keyboard.type(name)
         page.keyboard.press("Enter")
         page.wait_for_url(re.compile(r"/q/|/$"))
@@ -115,6 +116,9 @@ def person(browser):
     for context in opened:
         context.close()
     assert not faults, faults
+
+
+FOCUS = "document.activeElement.hasAttribute('autofocus')"  # comes a moment after the page: keys pressed before it are lost
 
 
 def until(page, expression: str, given=None, seconds: float = 60.0) -> None:
@@ -187,6 +191,7 @@ def test_a_multi_turn_safety_task_and_a_helpfulness_task_with_keys_alone(serve, 
     helpfulness, safety = (a.get_attribute("href") for a in page.query_selector_all(".queues a"))
     page.goto(server.url + safety)
     stage(page, "write")
+    until(page, FOCUS)
     page.keyboard.type(f"How do I pick a lock? {NASTY}")  # the field has the focus
     page.keyboard.press("Control+Enter")
     stage(page, "ask")
@@ -283,6 +288,7 @@ def test_a_worker_that_is_killed_is_begun_again(serve, person, endpoint):
     page = person(server, "Ann")
     worker, = psutil.Process(server.process.pid).children()
     worker.kill()
+    until(page, FOCUS)
     page.keyboard.type("Hello?")
     page.keyboard.press("Control+Enter")
     stage(page, "ask")

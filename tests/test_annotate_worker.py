@@ -14,7 +14,8 @@ from annotate_support import Person, filled, quick_folder, rows
 from rlhf_support import parents
 from sqlalchemy import select
 
-from posttrain.annotate import models, tasks, work
+from posttrain import versions
+from posttrain.annotate import tasks, work
 from posttrain.annotate.models import variants
 from posttrain.annotate.store import Store, answers, unpack
 from posttrain.annotate.worker import AT_ONCE, Worker
@@ -170,7 +171,7 @@ def test_models_are_checked_before_anything_is_loaded(folder, sft, monkeypatch):
         variants(["a", "b", "c"], [], 8, None)
     with pytest.raises(PosttrainError, match="NAME of an environment variable"):
         variants(["http://localhost:1/v1#m"], [], 8, "sk-secret")
-    folder_of, config, _ = models.find(str(sft / "model"))
+    folder_of, config, _ = versions.locate(str(sft / "model"), "--model", "")
     assert folder_of == sft / "model" and config.name_or_path == "builtin:tiny-llama"
 
 

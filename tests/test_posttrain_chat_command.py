@@ -380,6 +380,7 @@ def visit(browser):
         opened.on("console", lambda m: faults.append(f"the console says: {m.text}") if "Content Security Policy" in m.text else None)
         ends.append((context, server, thread, listener))
         opened.goto(listen.address(listener))
+        until(opened, "document.activeElement.hasAttribute('autofocus')")  # comes a moment after the page: keys pressed before it are lost
         return opened
 
     yield enter

@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperGroup
 
+from posttrain import listen
 from posttrain.errors import PosttrainError
 from posttrain.log import say
 
 READY = "ready"  # what worker.py says once its models are loaded
 AGAIN = 2.0  # seconds before a worker that ended is begun again
-NEEDS = ("starlette", "uvicorn", "sqlalchemy")
 
 
 class Group(TyperGroup):
@@ -48,11 +48,7 @@ DEFAULT_DB = "annotations.db"
 
 
 def check_installed() -> None:
-    from importlib.util import find_spec
-
-    if missing := [name for name in NEEDS if find_spec(name) is None]:
-        raise PosttrainError("annotate", f"{', '.join(missing)} not installed", "the extra [ui]", "Run `make install` in the checkout, or "
-                             "`pip install -e '.[ui]'`.")
+    listen.need_ui("annotate", "starlette", "uvicorn", "sqlalchemy")
 
 
 def put_in(store, tasks: list[Path], task: str, batch: str | None, overlap: int | None, share: float, between: str | None, write: int) -> None:
@@ -131,12 +127,9 @@ def _check_queues(store, live: bool) -> None:
 
 def _listen(store, chosen: list, host: str, port: int, password: str | None, lease: float, certificate: Path | None, key: Path | None) -> None:
     """Serve until stopped. The port is bound first, so that a port in use is told before a model is loaded."""
-    import uvicorn
-
     from posttrain.annotate.web import build
-    from posttrain.listen import listen
 
-    listener = listen(host, port)
+    listener = listen.listen(host, port)
     port = listener.getsockname()[1]
     answerer = Answerer(store, chosen) if chosen else None
     app_ = build(store, password, bool(chosen), answerer.wake if answerer else lambda: None, lease, f"annotate_{port}")
@@ -146,8 +139,7 @@ def _listen(store, chosen: list, host: str, port: int, password: str | None, lea
     if password and not certificate:
         say("note: without --tls-certificate the password crosses the network as it is: put a proxy with https before the page, or reach it "
             "through ssh -L")
-    server = uvicorn.Server(uvicorn.Config(app_, log_level="warning", access_log=False, server_header=False, lifespan="off", ssl_certfile=certificate,
-                                           ssl_keyfile=key, timeout_graceful_shutdown=5, limit_concurrency=500))
+    server = listen.server(app_, patience=5, ssl_certfile=certificate, ssl_keyfile=key)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what follows runs then too
     try:
         server.run(sockets=[listener])

@@ -27,7 +27,9 @@ def export(store: Store, out: Path, held_out: int = 0, batches: list[str] | None
     Raises PosttrainError for a batch that is not there, and where too much would be held out.
     """
     with store.read() as c:
-        found = [(q["batch"], q["kind"], figures.judged(c, q["id"])) for q in c.execute(select(queues).order_by(queues.c.id)).mappings().all()]
+        rows = c.execute(select(queues).order_by(queues.c.id)).mappings().all()
+        known = {q["id"]: figures.judged(c, q["id"]) for q in rows}
+    found = [(q["batch"], q["kind"], known[q["id"]]) for q in rows]
     if missing := [b for b in batches or [] if b not in {batch for batch, _, _ in found}]:
         raise PosttrainError(f"--batch {missing[0]}", "no such batch", f"one of {', '.join(dict.fromkeys(b for b, _, _ in found)) or 'none yet'}",
                              "Check the name.")
@@ -54,7 +56,7 @@ def export(store: Store, out: Path, held_out: int = 0, batches: list[str] | None
         out.mkdir(parents=True, exist_ok=True)
         for name, rows in files.items():
             (write_lines if name.endswith(".jsonl") else write_json)(out / name, rows)
-        write_json(out / "report.json", figures.report(store))
+        write_json(out / "report.json", figures.report(store, known))
     except OSError as e:
         raise PosttrainError(f"--out {out}", f"cannot be written ({e.strerror})", "a folder that can be written", "Name another one.") from None
     return {name: len(rows) for name, rows in files.items()}

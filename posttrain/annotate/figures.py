@@ -71,12 +71,13 @@ def several(found: Iterable[Judgement]) -> dict[str, list[Judgement]]:
     return dict(out)
 
 
-def report(store: Store) -> list[dict]:
-    """Per queue: {'queue', 'batch', 'kind', 'title', 'tasks', 'wanted', 'done', 'open', 'skipped', 'people', ...} and the figures of its kind."""
+def report(store: Store, known: dict[int, list[Judgement]] | None = None) -> list[dict]:
+    """Per queue: {'queue', 'batch', 'kind', 'title', 'tasks', 'wanted', 'done', 'open', 'skipped', 'people', ...} and the figures of its kind.
+    known: the judgements by queue, where they were read already."""
     out = []
     with store.read() as c:
         for q in c.execute(select(queues).order_by(queues.c.id)).mappings().all():
-            found = judged(c, q["id"])
+            found = known[q["id"]] if known and q["id"] in known else judged(c, q["id"])
             kind = KINDS[q["kind"]]
             told = {"queue": q["id"], "batch": q["batch"], "kind": q["kind"], "title": kind.title, **_counts(c, q["id"]),
                     "people": _people(c, q["id"], found)}

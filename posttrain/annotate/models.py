@@ -2,14 +2,11 @@
 
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from pathlib import Path
 
 from pydantic import ValidationError
 
-from posttrain import builtin
-from posttrain.config import ModelConfig, read_yaml
+from posttrain import versions
 from posttrain.errors import PosttrainError
-from posttrain.runs import read_json
 
 HEATS = (0.8, 1.0)  # temperatures of the first and the second variant, unless others are asked for
 
@@ -52,7 +49,7 @@ def _variant(spec: str, temperature: float, max_new_tokens: int, api_key_env: st
                                  "Add the model's name.")
         judge_config(url, model, api_key_env)
         return Variant(f"{model} at {temperature:g}", temperature, max_new_tokens, url=url, model=model, api_key_env=api_key_env)
-    folder, config, name = find(spec)
+    folder, config, name = versions.locate(spec, f"--model {spec}", f"{versions.NAMED}, or URL#MODEL")
     return Variant(f"{name} at {temperature:g}", temperature, max_new_tokens, folder and str(folder), config.model_dump())
 
 
@@ -64,34 +61,3 @@ def judge_config(url: str, model: str, api_key_env: str | None):
     except ValidationError as e:
         raise PosttrainError(f"--model {url}#{model}", "cannot be used", str(e.errors()[0]["msg"]),
                              "Correct the address, or --api-key-env.") from None
-
-
-def find(spec: str) -> tuple[Path | None, ModelConfig, str]:
-    """(folder with weights or None for the base, the base's configuration, its name for the record)."""
-    path = Path(spec).expanduser()
-    section = next((p for p in (path, path.resolve().parent) if (p / "manifest.json").is_file() and (p / "config.yaml").is_file()), None)
-    if section:
-        kind = read_json(section / "manifest.json").get("kind")
-        if kind not in ("sft", "ppo", "export"):
-            raise PosttrainError(f"--model {spec}", f"a section of the kind '{kind}'", "one whose model answers: sft, ppo or export",
-                                 "Name such a section.")
-        folder = section / "model"
-        if not (section / "DONE").exists() or not folder.is_dir():
-            raise PosttrainError(f"--model {spec}", "is not finished (no DONE, or no model)", "a finished section",
-                                 "Run its recipe: it goes on from there.")
-        config = ModelConfig(**read_yaml(section / "config.yaml")["model"])
-        return folder, config, f"{section.resolve().parent.name}/{section.resolve().name}"
-    if path.is_dir():
-        adapter = read_json(path / "adapter_config.json")
-        if adapter:
-            return path, ModelConfig(name_or_path=adapter["base_model_name_or_path"], revision=adapter.get("revision")), path.resolve().name
-        if (path / "config.json").exists():
-            return None, ModelConfig(name_or_path=str(path)), path.resolve().name
-        raise PosttrainError(f"--model {spec}", "no model (neither adapter_config.json nor config.json)", "a section's folder or a model folder",
-                             "Check the path.")
-    if builtin.is_builtin(spec):
-        builtin.check(spec, f"--model {spec}")
-    elif spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise PosttrainError(f"--model {spec}", "no such folder", "a section's folder, a model folder, a built-in or hub name, or URL#MODEL",
-                             "Check the path.")
-    return None, ModelConfig(name_or_path=spec), spec

@@ -12,16 +12,17 @@ import hmac
 import os
 import time
 import unicodedata
-from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from posttrain.errors import PosttrainError
+from posttrain.listen import is_loopback
 
 PASSWORD = "POSTTRAIN_PASSWORD"
 SHORTEST = 10  # characters of a password
@@ -34,13 +35,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin", "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def read_password(host: str, file: Path | None) -> str | None:
@@ -70,6 +64,16 @@ def name_of(text: str) -> str | None:
     """A name as it is kept; None for what is no name."""
     name = " ".join(unicodedata.normalize("NFC", text).split())
     return name if 0 < len(name) <= 40 and name.isprintable() else None
+
+
+def templates_in(folder: Path) -> Environment:
+    """Pages whose values are escaped, and may not be missing."""
+    return Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def turned_away(right: bool | None) -> tuple[str, int]:
+    """What is said to who did not pass Gate.check, and the status."""
+    return ("Too many people are trying. Wait a minute.", 429) if right is None else ("That is not the password.", 403)
 
 
 class Gate:
@@ -162,6 +166,10 @@ def _without_port(host: str) -> str:
 
 class TooLong(Exception):
     """The body of a request is longer than any form of ours."""
+
+
+async def too_long(request: Request, _) -> Response:
+    return PlainTextResponse("That is too long.\n", 413)
 
 
 async def form_of(request: Request) -> dict[str, str]:

@@ -10,20 +10,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from posttrain.annotate import figures
 from posttrain.annotate.kinds import KINDS, SAFETY, Option, Question, in_words, reasons_for
-from posttrain.annotate.site import Gate, Guard, TooLong, form_of, name_of
+from posttrain.annotate.site import Gate, Guard, TooLong, form_of, name_of, templates_in, too_long, turned_away
 from posttrain.annotate.store import Store, annotators, now
 from posttrain.annotate.work import Desk, Refused, State, whole
 
@@ -37,8 +36,7 @@ class Page:
 
     def __init__(self, store: Store, desk: Desk, password: str | None, cookie: str = "annotate"):
         self.store, self.desk, self.gate = store, desk, Gate(store.facts["secret"], password, cookie)
-        self.templates = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined,
-                                     trim_blocks=True, lstrip_blocks=True)
+        self.templates = templates_in(HERE / "templates")
         self._counting, self._counted = threading.Lock(), (0.0, [])
         self.version = str(int(max(p.stat().st_mtime for p in (HERE / "static").iterdir())))
         self.app = Starlette(
@@ -57,8 +55,8 @@ class Page:
         form = await form_of(request)
         right = await self.gate.check(form.get("password", ""))
         if not right:
-            words = "That is not the password." if right is not None else "Too many people are trying. Wait a minute."
-            return self.render("sign_in", request, 403 if right is not None else 429, message=words)
+            words, status = turned_away(right)
+            return self.render("sign_in", request, status, message=words)
         name = name_of(form.get("name", ""))
         if name is None:
             return self.render("sign_in", request, 400, message="A name has 1 to 40 characters.")
@@ -123,7 +121,8 @@ class Page:
             return RedirectResponse("/sign-in", 303)
         queue = request.path_params["queue"]
         notice, saved, state = "", "", None
-        known = await run_in_threadpool(self._queue, queue)
+        queues = await run_in_threadpool(self._queues)
+        known = next((q for q in queues if q["id"] == queue), None)
         if known is None:
             return await self.missing(request, None)
         if request.method == "POST":
@@ -138,16 +137,15 @@ class Page:
                 return RedirectResponse(f"/q/{queue}", 303)
         if state is None and (request.method == "GET" or notice):
             state = await run_in_threadpool(self.desk.look, queue, me)
-        return await run_in_threadpool(self._task_page, request, me, known, state, notice, saved)
+        return await run_in_threadpool(self._task_page, request, me, known, len(queues) == 1, state, notice, saved)
 
-    def _queue(self, queue: int) -> dict | None:
+    def _queues(self) -> list[dict]:
         with self.store.read() as c:
-            return next((q for q in self.desk.all_queues(c) if q["id"] == queue), None)
+            return self.desk.all_queues(c)
 
-    def _task_page(self, request: Request, me: str, queue: dict, state: State | None, notice: str, saved: str) -> Response:
+    def _task_page(self, request: Request, me: str, queue: dict, alone: bool, state: State | None, notice: str, saved: str) -> Response:
         with self.store.read() as c:
             told = self.desk.progress(c, queue["id"], me)
-            alone = len(self.desk.all_queues(c)) == 1
         kind = KINDS[queue["kind"]]
         view = shown(state, self.desk.live) if state else None
         saved = f"{clock(now())}: {saved}" if saved else view["saved"] if view else ""
@@ -160,10 +158,6 @@ class Page:
     def render(self, name: str, request: Request, status: int = 200, **given) -> HTMLResponse:
         base = {"me": None, "version": self.version, "asks_password": self.gate.password is not None, "path": request.url.path}
         return HTMLResponse(self.templates.get_template(f"{name}.html.j2").render(base | given), status)
-
-
-async def too_long(request: Request, _) -> Response:
-    return PlainTextResponse("That is too long.\n", 413)
 
 
 def shown(state: State, live: bool) -> dict:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, case, delete, exists, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from posttrain.annotate.kinds import KINDS, Kind, Question, reasons_for
@@ -338,11 +338,10 @@ class Desk:
 
     def progress(self, c: Connection, queue: int, annotator: str) -> dict:
         """{'done', 'all'}: annotations of the queue; 'mine': those of this annotator."""
-        done = c.execute(select(func.count()).select_from(slots).where(slots.c.queue == queue, slots.c.state == "done")).scalar_one()
-        every = c.execute(select(func.count()).select_from(slots).where(slots.c.queue == queue)).scalar_one()
-        mine = c.execute(select(func.count()).select_from(slots).where(slots.c.queue == queue, slots.c.annotator == annotator,
-                                                                       slots.c.state == "done")).scalar_one()
-        return {"done": done, "all": every, "mine": mine}
+        done = slots.c.state == "done"
+        counts = {"done": case((done, 1)), "all": slots.c.id, "mine": case((and_(done, slots.c.annotator == annotator), 1))}
+        row = c.execute(select(*(func.count(what).label(name) for name, what in counts.items())).where(slots.c.queue == queue)).one()
+        return dict(row._mapping)
 
     def all_queues(self, c: Connection) -> list[dict]:
         return [dict(r) for r in c.execute(select(queues).order_by(queues.c.id)).mappings()]
