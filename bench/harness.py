@@ -16,32 +16,40 @@ from posttrain.errors import PosttrainError
 from posttrain.log import say
 
 ROOT = Path(__file__).parent.parent
+MEMORY = "POSTTRAIN_BENCH_MEMORY"  # bytes that a contender's process may take
 MATMULS = ((1024, 576, 1536), (2048, 2048, 2048), (64, 576, 49152))  # (M, K, N) on a CPU: a layer, a square, a vocabulary
 
 
 # -- processes ----------------------------------------------------------------------------------------------------------------
 
 
+class OutOfMemory(PosttrainError):
+    """A contender needs more than its process may take."""
+
+
 class Worker:
     """A contender in a process of its own, which waits while others run. One JSON line asks, one answers."""
 
-    def __init__(self, module: str, name: str, threads: int, folder: Path, path: Path | None = None):
-        """path: a folder of packages that come before the installed ones."""
-        self.name, self.log = name, folder / f"{name.replace(' ', '_')}.log"
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({"PYTHONPATH": str(path)} if path else {})
+    def __init__(self, module: str, name: str, threads: int, folder: Path, path: Path | None = None, memory: int | None = None):
+        """path: a folder of packages that come before the installed ones. memory: bytes that the process may take."""
+        self.name, self.log, self.memory = name, folder / f"{name.replace(' ', '_')}.log", memory
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({"PYTHONPATH": str(path)} if path else {}) | ({MEMORY: str(memory)} if memory else {})
         with self.log.open("w") as log:
             self.process = subprocess.Popen([sys.executable, "-m", module, "--worker", name], cwd=ROOT, env=env, text=True,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
 
     def ask(self, **request) -> dict:
-        """Raises PosttrainError with the end of the process's log where it dies."""
+        """Raises OutOfMemory, and PosttrainError with the end of the process's log where it dies."""
         with suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise PosttrainError(f"bench: {self.name}", f"its process ended: {self.log.read_text()[-1500:]}", "an answer", "See the lines above.")
-        return json.loads(line)
+        told = json.loads(line)
+        if why := told.get("out_of_memory"):
+            raise OutOfMemory(f"bench: {self.name}", why, "room for the work", "Give --memory more, or --samples fewer.")
+        return told
 
     def close(self) -> None:
         with suppress(BrokenPipeError):
@@ -54,9 +62,10 @@ class Worker:
 
 
 @contextmanager
-def contenders(module: str, names: list[str], threads: int, folder: Path, path: Path | None = None) -> Iterator[list[Worker]]:
-    """A process for each, closed at the end. path: of packages that all but ours import first."""
-    workers = [Worker(module, n, threads, folder, None if n.startswith("ours") else path) for n in names]
+def contenders(module: str, names: list[str], threads: int, folder: Path, path: Path | None = None,
+               memory: int | None = None) -> Iterator[list[Worker]]:
+    """A process for each, closed at the end. path: of packages that all but ours import first. memory: bytes that each may take."""
+    workers = [Worker(module, n, threads, folder, None if n.startswith("ours") else path, memory) for n in names]
     try:
         yield workers
     finally:
@@ -67,6 +76,10 @@ def contenders(module: str, names: list[str], threads: int, folder: Path, path: 
 def start(main: Callable[[list[str]], int], work: Callable[[str], None] | None = None) -> None:
     """What `python -m bench.NAME` does: a contender's process works, any other runs `main` and tells an error in one line."""
     if work and sys.argv[1:2] == ["--worker"]:
+        if most := os.environ.get(MEMORY):
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_DATA, (int(most), int(most)))
         return work(sys.argv[2])
     try:
         sys.exit(main(sys.argv[1:]))
@@ -80,8 +93,23 @@ def serve(answer) -> None:
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         for line in sys.stdin:
-            out.write(json.dumps(answer(**json.loads(line))) + "\n")
+            with told_memory() as told:
+                told |= answer(**json.loads(line))
+            out.write(json.dumps(told) + "\n")
             out.flush()
+
+
+@contextmanager
+def told_memory() -> Iterator[dict]:
+    """A dictionary that says 'out_of_memory' where what happens inside ran out of it; everything else is raised."""
+    told: dict = {}
+    try:
+        yield told
+    except (MemoryError, RuntimeError) as e:  # torch raises a plain RuntimeError on a CPU, and a subclass on a GPU
+        if not isinstance(e, MemoryError) and not any(words in str(e) for words in ("can't allocate memory", "out of memory", "could not create a memory")):
+            raise
+        told["out_of_memory"] = str(e).strip().splitlines()[0][:200] or "out of memory"
+    gc.collect()
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------------------
@@ -200,10 +228,18 @@ class Search:
 
 
 def warm_up(workers: list[Worker], no_tune: bool, request: dict) -> tuple[dict[str, dict], dict]:
-    """Each worker's first answer to 'warm', and TRL's best settings ('settings', 'tried'; empty with no_tune), with which it is warmed again."""
+    """Each worker's first answer to 'warm', and TRL's best settings ('settings', 'tried'; empty with no_tune), with which it is warmed again.
+    A peer that runs out of memory answers 'out_of_memory'."""
     first, tuned = {}, {}
     for w in workers:
-        first[w.name] = w.ask(do="warm", **request)
+        try:
+            first[w.name] = w.ask(do="warm", **request)
+        except OutOfMemory as e:
+            if w.name == "ours":
+                raise
+            first[w.name] = {"out_of_memory": e.found}
+            say(f"  {w.name}: {e.found}")
+            continue
         if w.name == "trl best" and not no_tune:
             tuned = w.ask(do="tune", **request)
             w.ask(do="warm", **request)

@@ -1,12 +1,13 @@
 """The PPO benchmark: it runs beside TRL 1.12, both sides do the same work, it tells what it should. No timings."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 from bench_support import run_bench
 
-from bench import floors
+from bench import floors, harness
 from bench import ppo as bench
 from posttrain.errors import PosttrainError
 from posttrain.shape import shape_of
@@ -36,6 +37,23 @@ def test_both_sides_do_the_same_work(run):
 def test_an_absent_peer_is_told(tmp_path):
     with pytest.raises(PosttrainError, match="1.12.0"):
         bench.main(["--model", "tiny", "--peer", str(tmp_path)])
+
+
+def test_a_peer_without_room_has_a_row_that_says_so(monkeypatch):
+    """The limit is the process's own: torch cannot have more, and the others go on."""
+    script = ("from bench import harness\nimport torch\n"
+              "harness.start(None, lambda name: harness.serve(lambda do: {'numbers': len(torch.zeros(1 << 28 if do == 'warm' else 1))}))")
+    monkeypatch.setattr(harness.subprocess, "Popen", lambda words, _kept=harness.subprocess.Popen, **more: _kept([words[0], "-c", script, *words[3:]], **more))
+    with harness.contenders("unused", ["trl default"], 1, Path(tempfile.mkdtemp()), memory=600_000_000) as (peer,):
+        first, _ = harness.warm_up([peer], True, {})
+        assert "allocate memory" in first["trl default"]["out_of_memory"] and peer.ask(do="run") == {"numbers": 1}
+    row = {"data": "chat", "dtype": "bf16"}
+    told = bench.line(row, {"contender": "trl default", "out_of_memory": "told", "memory_limit": 16_000_000_000})
+    assert told[3:5] == ["out of memory", "-"] and told[-1] == "> 16 GB" and len(told) == len(bench.HEAD)
+    with pytest.raises(ValueError), harness.told_memory():
+        raise ValueError("another fault")
+    with pytest.raises(RuntimeError), harness.told_memory():
+        raise RuntimeError("shapes do not fit")
 
 
 def repeat(**change) -> dict:
