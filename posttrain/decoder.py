@@ -2,23 +2,59 @@
 
 At a few dozen rows a decoding step is bound by the number of small matrix products, so the copy has none for the adapter, and the
 products that read the same input (query, key, value; gate, up) are one. Worth its memory where the base is not quantized.
+
+In bfloat16 on a CPU its weights are packed: oneDNN wants them in another order than torch keeps them in and would reorder all of them at every
+product, which at a few rows costs more than the product. (On a processor with AVX-512 the same bits came out.)
 """
+
+import platform
 
 import torch
 from torch import Tensor, nn
 
+ROWS = 64  # of the products that a packed weight is laid out for; at 1 to 256 rows it makes no difference
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class _First(nn.Module):
-    """Computes the products of the whole group and keeps the others' parts for them."""
+class Product(nn.Module):
+    """A linear layer without gradients whose weight is written once in a while: x (..., inputs) -> (..., outputs)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: list[int]):
+    def __init__(self, bias: Tensor | None = None):
         super().__init__()
-        self.weight, self.bias, self.sizes, self.parts = nn.Parameter(weight, requires_grad=False), bias, sizes, []
+        self.weight, self.bias, self.packed = None, bias, False
+
+    def write(self, weight: Tensor) -> "Product":
+        """weight (outputs, inputs). It is copied, packed where that pays; into the memory of the one before where that is possible."""
+        self.packed = packing_pays(weight)
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        elif self.weight is None:
+            self.weight = weight.detach().clone()
+        else:
+            self.weight.copy_(weight)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        first, *self.parts = nn.functional.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def packing_pays(weight: Tensor) -> bool:
+    """The operators are those that torch's own compiler puts in place of linear layers, on x86 processors."""
+    return (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and platform.machine().lower() in ("x86_64", "amd64")
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _First(Product):
+    """Computes the products of the whole group and keeps the others' parts for them."""
+
+    def __init__(self, bias: Tensor | None, sizes: list[int]):
+        super().__init__(bias)
+        self.sizes, self.parts = sizes, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *self.parts = super().forward(x).split(self.sizes, dim=-1)
         return first
 
 
@@ -51,7 +87,11 @@ def merged_body(role, old: nn.Module | None = None) -> nn.Module:
         old = _skeleton(role.body, weights)
     for module, keys in old.merged_from:
         parts = [weights[k] for k in keys]
-        module.weight.data.copy_(torch.cat(parts) if len(parts) > 1 else parts[0])
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if isinstance(module, Product):
+            module.write(whole)
+        else:
+            module.weight.data.copy_(whole)  # a table of embeddings
     return old
 
 
@@ -93,8 +133,12 @@ def _skeleton(body: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
                 done |= set(members)
     for name, weight in weights.items():
         if name not in done:
-            layer = copy.get_submodule(name)
-            layer.weight = nn.Parameter(torch.empty_like(weight), requires_grad=False)
+            layer, (parent, _, key) = copy.get_submodule(name), name.rpartition(".")
+            if isinstance(layer, nn.Linear):
+                layer = Product(layer.bias)
+                setattr(copy.get_submodule(parent), key, layer)
+            else:
+                layer.weight = nn.Parameter(torch.empty_like(weight), requires_grad=False)
             copy.merged_from.append((layer, [name]))
     return copy
 
@@ -106,7 +150,7 @@ def _fuse(copy, parent: nn.Module, group, members, weights) -> None:
     bias = torch.cat(biases) if all(b is not None for b in biases) else None
     if bias is None and any(b is not None for b in biases):
         return
-    first = _First(torch.empty(sum(len(p) for p in parts), parts[0].shape[1], dtype=parts[0].dtype, device=parts[0].device), bias, [len(p) for p in parts])
+    first = _First(bias, [len(p) for p in parts])
     setattr(parent, group[0], first)
     for g in group[1:]:
         setattr(parent, g, _Rest(first))

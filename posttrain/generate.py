@@ -132,7 +132,7 @@ def sample(roles: Roles, role: str, prompts: list[list[int]], samples: int, samp
 class Loop:
     def __init__(self, roles, role, prompts, samples, sampling, seed, stop, batch, tick, only):
         self.roles, self.role, self.prompts, self.sampling, self.stop, self.tick = roles, role, prompts, sampling, stop, tick
-        self.device, self.body, self.weight = roles.device, roles.decoder(role), roles.vocabulary(role)
+        self.device, self.body, self.logits = roles.device, roles.decoder(role), roles.logits_of(role)
         self.queue = [(p, s) for p in sorted(only, key=lambda i: (len(prompts[i]), i)) for s in range(samples)]
         self.only, self.batch = only, min(batch, len(self.queue))
         generator = torch.Generator().manual_seed(seed)
@@ -199,8 +199,7 @@ class Loop:
         owners = [self.rows[r] for r in rows]
         steps = [len(self.ids[p][s]) for p, s in owners]
         u = torch.stack([self.uniforms[p, s, t] for (p, s), t in zip(owners, steps, strict=True)]).to(self.device)
-        logits = (hidden.to(self.weight.dtype) @ self.weight.t()).float()
-        token, logprob = choose(logits, u, self.sampling.temperature, self.sampling.top_p)
+        token, logprob = choose(self.logits(hidden), u, self.sampling.temperature, self.sampling.top_p)
         self.tokens[rows] = token
         for row, (p, s), t, lp in zip(rows, owners, token.tolist(), logprob.tolist(), strict=True):
             self.ids[p][s].append(t)

@@ -8,7 +8,9 @@ its backward).
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MethodType
 
@@ -239,6 +241,7 @@ class Roles:
     roles: dict[str, Role] = field(default_factory=dict)
     base: nn.Module | None = None
     pointer: list = field(default_factory=lambda: [None])
+    packed_head: tuple | None = None  # (vocabulary head, its product for decoding)
     merged: tuple | None = None  # (which role with which weights, its merged copy for decoding)
     engine: object = None  # what samples in the place of generate.py's loop (vllm_engine.VLLM)
 
@@ -483,6 +486,17 @@ class Roles:
         rows = role.net.token_rows[role.adapter]
         new = rows["output" if "output" in rows else "input"].to(weight.dtype)
         return weight.index_copy(0, torch.tensor(self.added, device=weight.device), new)
+
+    def logits_of(self, name: str) -> Callable[[Tensor], Tensor]:
+        """The function to decode a role with, last hidden states (N, d) -> logits (N, V) float32. Where packed weights pay (see decoder.py), they
+        are made once for all roles that share the head."""
+        weight = self.vocabulary(name)
+        product = partial(nn.functional.linear, weight=weight)
+        if not weight.requires_grad and decoder.packing_pays(weight):
+            if self.packed_head is None or self.packed_head[0] is not weight:
+                self.packed_head = (weight, decoder.Product().write(weight))
+            product = self.packed_head[1]
+        return lambda hidden: product(hidden.to(weight.dtype)).float()
 
     def scalars(self, name: str, batch: MicroBatch) -> Tensor:
         """The head's value (S,) float32 at the last token of every answer: a reward model's score, the logit."""

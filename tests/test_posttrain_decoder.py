@@ -63,6 +63,36 @@ def test_the_copy_follows_a_restored_checkpoint(pair, tmp_path):
     agree(pair, "policy")
 
 
+@pytest.mark.skipif(not decoder.packing_pays(torch.zeros(1, dtype=torch.bfloat16)), reason="weights are packed in bfloat16 on x86 processors only")
+def test_packed_weights_give_the_same_numbers(make_roles, scramble, monkeypatch):
+    """A layer with a bias, and a whole model with its vocabulary; to a rounding of bfloat16, as kernels may differ between processors."""
+    x, w, b = (torch.randn(*s, generator=torch.Generator().manual_seed(0)).bfloat16() for s in ((3, 1, 48), (80, 48), (80,)))
+    product = decoder.Product(b).write(torch.zeros_like(w)).write(w)
+    assert product.packed
+    torch.testing.assert_close(product(x), torch.nn.functional.linear(x, w, b), rtol=0.02, atol=0.02)
+    found = []
+    for pays in (decoder.packing_pays, lambda weight: False):
+        monkeypatch.setattr(decoder, "packing_pays", pays)
+        roles = make_roles(dtype="bfloat16")
+        scramble(roles.add("policy", fresh_adapter=True, trainable=True), 1, 0.1)
+        with torch.inference_mode():
+            found.append(roles.logits_of("policy")(hidden(roles.decoder("policy"))))
+        packed = {m.packed for m in roles.merged[1].modules() if isinstance(m, decoder.Product)}
+        assert packed == {roles.packed_head is not None} == {len(found) == 1}
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.05)
+    assert found[0].std() > 0.1
+
+
+def test_a_head_that_trains_is_not_packed(make_roles):
+    """Its values change under the packed copy."""
+    roles = make_roles(lora=None, dtype="bfloat16")
+    roles.add("policy", trainable=True)
+    hidden, product = torch.randn(2, 64).bfloat16(), roles.logits_of("policy")
+    before = product(hidden)
+    roles.vocabulary("policy").data.mul_(2)
+    assert roles.packed_head is None and not torch.equal(roles.logits_of("policy")(hidden), before)
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"], ["o_proj"]])
 def test_any_list_of_targets(make_roles, scramble, targets):
     roles = make_roles(lora={"r": 4, "alpha": 8, "target_modules": targets})
