@@ -262,7 +262,9 @@ def replay(trainer, rows: list[dict]) -> dict:
 
 def settings_of(contender: str, n: int) -> dict:
     """PPOConfig values beyond the shared ones."""
-    return {} if contender == "trl default" else {"gradient_checkpointing": False, "local_rollout_forward_batch_size": max(1, n // 4)}
+    if contender == "trl default":
+        return {}
+    return {"gradient_checkpointing": False, "local_rollout_forward_batch_size": max(1, n // 4), "per_device_train_batch_size": min(2, n)}
 
 
 def tune(folder: Path, base: str, dtype: str, n: int) -> tuple[dict, list]:
@@ -274,9 +276,8 @@ def tune(folder: Path, base: str, dtype: str, n: int) -> tuple[dict, list]:
 
     search = Search(settings_of("trl best", n), measure)
     search.pays({})
-    each = min(8, n)
     for key, sizes in (("local_rollout_forward_batch_size", [n // 2, n]), ("local_rollout_forward_batch_size", [n // 8, n // 16]),
-                       ("per_device_train_batch_size", [each // 2, each // 4, each // 8]), ("per_device_train_batch_size", [2 * each, 4 * each])):
+                       ("per_device_train_batch_size", [4, 8, 16, 32]), ("per_device_train_batch_size", [1])):
         search.climb(key, takewhile(lambda size: size and n % size == 0, sizes))
     search.pays({"attn_implementation": "eager"})
     return search.best, search.tried
