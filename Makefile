@@ -49,11 +49,14 @@ bench: install  ## every benchmark in its small form, side by side with its peer
 	$(BIN)/python -m bench.sampling --model tiny --mean 48 $(ARGS)
 	$(BIN)/python -m bench.ppo --model tiny --mean 48 $(ARGS)
 
-soak: install  ## 20 kills at random moments of sampling and PPO, and the same bytes at the end
+soak: install  ## 100 kills at random moments of every stage, and the same bytes at the end
 	$(BIN)/python -m bench.soak $(ARGS)
 
 lint: install
 	$(BIN)/python -m ruff check .
+	@if $(BIN)/python -m pip_audit --version > /dev/null 2>&1; \
+	then $(BIN)/python -m pip_audit --requirement requirements.lock --no-deps --disable-pip; \
+	else echo "pip-audit is skipped: pip install pip-audit, where its database can be reached"; fi
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache

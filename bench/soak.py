@@ -1,7 +1,8 @@
-"""Kills at random moments of sampling and PPO, each followed by the same command: the run must end in the bytes of a run that nobody killed.
+"""Kills at random moments of every section, each followed by the same command: the run must end in the bytes of a run that nobody killed.
 
-python -m bench.soak             20 kills of recipes/tiny.yaml; some minutes
-python -m bench.soak --kills 5   fewer
+python -m bench.soak                                          100 kills of recipes/tiny.yaml; about half an hour on two free cores
+python -m bench.soak --kills 20 --sections v1_samples ppo     fewer, of sampling and PPO
+python -m bench.soak --minutes 20                             as many as fit
 
 The seed draws which section is hit and after what share of its time; the machine, and what else runs on it, decide which instruction that is.
 """
@@ -22,9 +23,9 @@ from posttrain.log import read_lines, say
 from posttrain.runs import file_digest, provenance, read_json, write_json
 
 TINY = ROOT / "recipes" / "tiny.yaml"
-EARLIER = ("sft", "reward_helpfulness", "reward_safety")  # not what is killed here: taken from the straight run
-HIT = ("v1_samples", "ppo")
-OUTPUTS = ("*/model/*.safetensors", "v1_samples/*.jsonl", "v1_samples/results.json", "ppo/samples.jsonl", "ppo/results.json")
+SECTIONS = ("sft", "reward_helpfulness", "reward_safety", "v1_samples", "v1", "ppo", "eval", "chat")
+SAMPLING_AND_PPO = ("v1_samples", "ppo")
+TOLD = ("samples.jsonl", "data.jsonl", "results.json")
 
 
 def command(home: Path) -> list[str]:
@@ -39,9 +40,10 @@ def to_the_end(home: Path) -> Path:
     return home / "tiny"
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Of everything a run leaves that must not depend on kills: weights, samples, what was measured."""
-    return {str(p.relative_to(folder)): file_digest(p) for pattern in OUTPUTS for p in sorted(folder.glob(pattern))}
+def digests(folder: Path, sections: tuple[str, ...]) -> dict[str, str]:
+    """Of what a run leaves that must not depend on kills: all weights; of these sections also samples and what was measured."""
+    files = [*sorted(folder.glob("*/model/*.safetensors")), *(folder / name / told for name in sections for told in TOLD)]
+    return {str(p.relative_to(folder)): file_digest(p) for p in files if p.exists()}
 
 
 def at_work(folder: Path) -> str | None:
@@ -53,8 +55,10 @@ def reached(folder: Path, section: str) -> str:
     """How far a section has come by its files."""
     if section == "v1_samples":
         return f"{len(list((folder / section / 'chunks').glob('*.json')))} chunks on disk"
+    if section == "eval":
+        return f"the answers of {len(list((folder / section).glob('answers-*.json')))} models on disk"
     steps = [r["step"] for r in read_lines(folder / section / "metrics.jsonl")]
-    return f"{max(steps)} iterations told" if steps else "critic's warm-up"
+    return f"{max(steps)} {'iterations' if section == 'ppo' else 'steps'} told" if steps else "nothing told yet"
 
 
 def kill(home: Path, target: str, seconds: float) -> dict | None:
@@ -73,25 +77,26 @@ def kill(home: Path, target: str, seconds: float) -> dict | None:
     if process.returncode != -signal.SIGKILL:
         raise PosttrainError("bench: soak", f"the run stopped by itself: {log.read_text()[-1500:]}", "a run that ends or is killed", "See the lines above.")
     section = at_work(folder)
-    return {"section": section or "between sections", "reached": reached(folder, section) if section in HIT else "", "seconds": round(seconds, 2)}
+    return {"section": section or "between sections", "reached": reached(folder, section) if section else "", "seconds": round(seconds, 2)}
 
 
-def soak(straight: Path, work: Path, kills: int, seed: int) -> dict:
-    """Kill runs in `work` until sampling and PPO were hit `kills` times in all, at least once each, a new run when one has ended; compare each
-    with the finished run `straight`. Kills that miss, in the sections between, are told and not counted."""
-    rng, expected, told, ends = random.Random(seed), digests(straight), [], []
-    spans = {name: read_json(straight / name / "manifest.json")["seconds"] for name in HIT}
+def soak(straight: Path, work: Path, kills: int, seed: int, sections: tuple[str, ...] = SAMPLING_AND_PPO, minutes: float = float("inf")) -> dict:
+    """Kill runs in `work` until `sections` were hit `kills` times in all, at least once each, a new run when one has ended; compare each
+    with the finished run `straight`. Kills that miss, in the sections between, are told and not counted. After so many minutes no kill is begun."""
+    rng, expected, told, ends = random.Random(seed), digests(straight, sections), [], []
+    spans = {name: read_json(straight / name / "manifest.json")["seconds"] for name in sections}
+    before, until = SECTIONS[:min(map(SECTIONS.index, sections))], time.time() + 60 * minutes
 
     def wanting() -> bool:
-        hits = [k["section"] for k in told if k["section"] in HIT]
-        return len(hits) < kills or set(hits) != {*HIT}
+        hits = [k["section"] for k in told if k["section"] in sections]
+        return (len(hits) < kills or set(hits) != {*sections}) and time.time() < until
 
     while wanting():
         home = work / f"run-{len(ends) + 1}"
-        for name in EARLIER:
+        for name in before:  # not what is killed here: taken from the straight run
             shutil.copytree(straight / name, home / "tiny" / name)
-        while wanting() and (left := [name for name in HIT if not (home / "tiny" / name / "DONE").exists()]):
-            target = rng.choice(left)
+        while wanting() and (left := [name for name in sections if not (home / "tiny" / name / "DONE").exists()]):
+            target = rng.choice(left[:2])
             hit = kill(home, target, rng.uniform(0, spans[target]))
             if not hit or hit["section"] != target:  # too late: the machine is quicker now, or less was left
                 spans[target] /= 2
@@ -100,29 +105,31 @@ def soak(straight: Path, work: Path, kills: int, seed: int) -> dict:
             if hit:
                 told.append({"run": len(ends) + 1, **hit})
                 say(f"  run {len(ends) + 1}: killed in {hit['section']}, {hit['reached'] or 'not counted'}")
-        got = digests(to_the_end(home))
+        got = digests(to_the_end(home), sections)
         ends.append({"run": len(ends) + 1, "kills": sum(k["run"] == len(ends) + 1 for k in told),
                      "different": sorted(f for f in {*got, *expected} if got.get(f) != expected.get(f))})
-    return {"seed": seed, "hits": sum(k["section"] in HIT for k in told), "kills": told, "runs": ends, "sha256": expected,
+    return {"seed": seed, "sections": list(sections), "hits": sum(k["section"] in sections for k in told), "kills": told, "runs": ends, "sha256": expected,
             "identical": not any(e["different"] for e in ends)}
 
 
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="that hit sampling or PPO")
+    parser.add_argument("--kills", type=int, default=100, help="that hit one of the sections")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="that are killed; default all")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no kill is begun")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     args = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         say("a run without kills ...")
-        told = soak(to_the_end(work / "straight"), work, args.kills, args.seed)
+        told = soak(to_the_end(work / "straight"), work, args.kills, args.seed, tuple(args.sections), args.minutes)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "soak.json", {"benchmark": "soak", **provenance(), "processor": processor(), "recipe": TINY.name, **told})
     rows = [[str(k["run"]), k["section"], k["reached"], f"{k['seconds']:.2f}"] for k in told["kills"]]
     print(markdown(["run", "killed in", "which had reached", "seconds into the target"], rows))
     different = [f"run {e['run']}: {', '.join(e['different'])}" for e in told["runs"] if e["different"]]
-    print(f"\n{told['hits']} kills of sampling and PPO in {len(told['runs'])} runs; " + ("every run ended in the same "
+    print(f"\n{told['hits']} kills of {', '.join(args.sections)} in {len(told['runs'])} runs; " + ("every run ended in the same "
           f"{len(told['sha256'])} files as the run without kills" if told["identical"] else f"DIFFERENT: {'; '.join(different)}"))
     return 0 if told["identical"] else 1
 

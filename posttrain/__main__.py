@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain import chat_command, distributed, runs
+from posttrain import chat_command, distributed, listen, runs, stopping, trackers
 from posttrain import serve as serve_command
 from posttrain.annotate import command as annotate
 from posttrain.config import dump_yaml, load_recipe
@@ -43,21 +43,28 @@ def _dry_run(recipe, sections: list[str] | None = None) -> None:
 @app.command()
 def run(recipe: RecipeArg, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Walk a recipe's whole road: skip what is done, continue what was cut off."""
-    loaded = load_recipe(recipe, overrides or [])
-    if dry_run:
-        _dry_run(loaded)
-        return
-    this = runs.Run(loaded)
-    runs.preflight(this)
-    runs.run_sections(this)
-    if distributed.is_main():
-        _report(this)
+    with stopping.heeded():
+        loaded = load_recipe(recipe, overrides or [])
+        trackers.check(loaded)
+        if dry_run:
+            _dry_run(loaded)
+            return
+        this = runs.Run(loaded)
+        runs.preflight(this)
+        with trackers.follow(this):
+            runs.run_sections(this)
+        if distributed.is_main():
+            _report(this)
 
 
 def _report(this: runs.Run) -> None:
     from posttrain import report
 
-    path = report.write(this)
+    try:
+        path = report.write(this)
+    except OSError as e:
+        raise PosttrainError(str(this.folder), f"the report cannot be written ({e.strerror})", "room on a writable disk",
+                             f"All sections are done. Free some space, then: `python -m posttrain report {this.recipe.path}`.") from None
     say(f"\nReport: {path}")
     chat = [n for n, c in loaded_exports(this) if this.section(n).state() == "done"]
     if chat:
@@ -90,13 +97,33 @@ def show(recipe: RecipeArg, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(recipe: RecipeArg, overrides: Overrides = None,
+def report(of: Annotated[list[str], typer.Argument(help="a recipe or the folder of a run; several of them: one page that compares them; key=value "
+                                                        "overrides the recipes", show_default=False)],
            beside: Annotated[list[Path] | None, typer.Option(help="a recipe whose reward models stand beside this run's, such as those of "
-                                                             "another model size; may be given several times")] = None) -> None:
-    """Write runs/<run>/report.html from what is on disk."""
-    from posttrain import report as page
+                                                             "another model size; may be given several times")] = None,
+           live: Annotated[bool, typer.Option("--live", help="a page that follows a run while it goes on, also one that has not begun")] = False,
+           host: Annotated[str | None, typer.Option(help="of --live: the address to answer on; beyond this machine it takes a password",
+                                                    show_default="127.0.0.1")] = None,
+           port: Annotated[int | None, typer.Option(min=0, max=65535, help="of --live; 0: any free one", show_default="8600")] = None,
+           password_file: Annotated[Path | None, typer.Option(help="of --live: a file with the password; or the variable POSTTRAIN_PASSWORD",
+                                                              show_default=False)] = None,
+           tls_certificate: listen.Certificate = None, tls_key: listen.Key = None) -> None:
+    """Write runs/<run>/report.html from what is on disk, of several runs comparison.html in the first one's folder, or with --live show it on a
+    page that follows the run."""
+    from posttrain import report_compare
 
-    say(f"Report: {page.write(runs.Run(load_recipe(recipe, overrides or [])), [runs.Run(load_recipe(path)) for path in beside or []])}")
+    if live:
+        listen.need_ui("report --live", "starlette", "uvicorn")
+        from posttrain import live as page
+
+        others = [report_compare.run_at(str(path), []) for path in beside or []]
+        page.serve(lambda: report_compare.one_of(of), others, "127.0.0.1" if host is None else host,
+                   8600 if port is None else port, password_file, tls_certificate, tls_key)
+        return
+    for_page = {"--host": host, "--port": port, "--password-file": password_file, "--tls-certificate": tls_certificate, "--tls-key": tls_key}
+    if stray := next((f"{option} {value}" for option, value in for_page.items() if value is not None), None):
+        raise PosttrainError(stray, "an option of the live page", "--live beside it", "Add --live, or leave the option out.")
+    say(f"Report: {report_compare.of_words(of, beside or [])}")
 
 
 @app.command("check-data")
@@ -253,7 +280,7 @@ def quiet_libraries() -> None:
 
 
 def guarded(command) -> None:
-    """Run a command; our errors become one message and exit code 1, an interruption says how to go on."""
+    """Run a command; our errors become one message and exit code 1, a stop on a signal says how to go on (75 after SIGTERM, 130 after Ctrl-C)."""
     quiet_libraries()
     try:
         command()
@@ -262,6 +289,9 @@ def guarded(command) -> None:
         if not distributed.is_main():  # it may be this process's alone
             print(f"error (process {distributed.rank()}): {e}", file=sys.stderr)
         sys.exit(1)
+    except stopping.Stopped as e:
+        say(f"\nStopped ({e}). The same command goes on from here; nothing finished is lost.")
+        sys.exit(e.exit_code)
     except KeyboardInterrupt:
         say("\nStopped. The same command goes on from here; nothing finished is lost.")
         sys.exit(130)
@@ -280,6 +310,7 @@ def stage_main(package: str) -> None:
               dry_run: DryRun = False) -> None:
         words = section or []
         loaded = load_recipe(recipe, [w for w in words if "=" in w])
+        trackers.check(loaded)
         names = [w for w in words if "=" not in w] or runs.sections_of(loaded, kinds)
         for name in names:
             if name not in loaded.stages or loaded.stages[name].stage not in kinds:
@@ -288,9 +319,11 @@ def stage_main(package: str) -> None:
         if dry_run:
             _dry_run(loaded, names)
             return
-        this = runs.Run(loaded)
-        runs.preflight(this, names)
-        runs.run_sections(this, names)
+        with stopping.heeded():
+            this = runs.Run(loaded)
+            runs.preflight(this, names)
+            with trackers.follow(this):
+                runs.run_sections(this, names)
 
     guarded(lambda: stage_app(prog_name=f"python -m {package}"))
 

@@ -25,6 +25,11 @@ NOTICES = {  # what these licences ask every copy to carry: the notice, the word
 }
 
 
+def is_licence(name: str) -> bool:
+    """Whether a file's name is that of licence words of the base, however it is written: LICENSE, license.md, Licence.txt, NOTICE, USE_POLICY.md."""
+    return name.lower().replace("-", "_").startswith(LICENCE_FILES)
+
+
 def public(text: str) -> str:
     """A name or path as strangers may see it: nothing of this machine's folders."""
     return f".../{Path(text).name}" if text.startswith(("/", "~", "..")) else text

@@ -32,15 +32,26 @@ def load_template(name: str, place: str = "model.chat_template") -> str:
 
 def turn_tokens(name: str) -> list[str]:
     """The strings of a shipped template that must be single tokens of the vocabulary (its first line lists them)."""
-    first = load_template(name).splitlines()[0]
-    return first.partition("turn tokens:")[2].partition("-#}")[0].partition("#}")[0].split() if "turn tokens:" in first else []
+    return _header(name)[0].split()
+
+
+def untrained(name: str) -> bool:
+    """Whether base models have a shipped template's turn tokens in their vocabulary, but never learnt them (its first line says so)."""
+    return "untrained" in _header(name)[1]
+
+
+def _header(name: str) -> list[str]:
+    """[the turn tokens, what is said about them] of a template's first line."""
+    found = re.match(r"\{#-? turn tokens:([^;]*?)(?:;(.*?))?-?#\}", load_template(name))
+    return [found[1], found[2] or ""] if found else ["", ""]
 
 
 def prepare(tokenizer, template: str | None, place: str, add_tokens: bool = False) -> list[str]:
     """Give the tokenizer the named template (or keep its own), a pad token that never ends an answer, and check both.
 
-    Returns the turn tokens that were added to the vocabulary (empty unless add_tokens). Raises PosttrainError when there is
-    no template, or when one of its turn tokens is not a single token and add_tokens is off.
+    Returns the turn tokens whose rows of the vocabulary are new (empty unless add_tokens): those that were added, and those of a template
+    whose tokens base models never learnt. Raises PosttrainError when there is no template, or when one of its turn tokens is not a single
+    token and add_tokens is off.
     """
     added = []
     if template:
@@ -54,7 +65,8 @@ def prepare(tokenizer, template: str | None, place: str, add_tokens: bool = Fals
                                  "Name another template, or set model.add_tokens: true to add and train them.")
         if missing:
             tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
-            added = missing
+        if add_tokens:
+            added = wanted if wanted and untrained(template) else missing
     if not tokenizer.chat_template:
         raise PosttrainError(place, "the tokenizer has no chat template", "a template",
                              f"Set model.chat_template to one of {', '.join(template_names())}.")

@@ -12,12 +12,13 @@ from typing import Annotated
 
 import typer
 
-from posttrain import versions
+from posttrain import listen, versions
 from posttrain.errors import PosttrainError
 from posttrain.log import say
 from posttrain.runs import write_lines
 from posttrain.versions import Version
 
+HOST, PORT = "127.0.0.1", 8500  # of the page
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could steer a terminal; line feed and tab stay
 
 
@@ -281,17 +282,22 @@ def chat(model: Annotated[str, typer.Argument(metavar="RUN", help="a recipe, a r
          chat_template: Annotated[str | None, typer.Option(help="of a model that has none: chatml, llama-2, llama-3 or a .jinja file",
                                                            show_default=False)] = None,
          web: Annotated[bool, typer.Option("--web", help="a page in the browser in the place of the terminal")] = False,
-         host: Annotated[str, typer.Option(help="of --web: the address to answer on; beyond this machine it takes a password")] = "127.0.0.1",
-         port: Annotated[int, typer.Option(min=0, max=65535, help="of --web; 0: any free one")] = 8500,
+         host: Annotated[str, typer.Option(help="of --web: the address to answer on; beyond this machine it takes a password")] = HOST,
+         port: Annotated[int, typer.Option(min=0, max=65535, help="of --web; 0: any free one")] = PORT,
          password_file: Annotated[Path | None, typer.Option(help="of --web: a file with the password; or the variable POSTTRAIN_PASSWORD",
-                                                            show_default=False)] = None) -> None:
+                                                            show_default=False)] = None,
+         tls_certificate: listen.Certificate = None, tls_key: listen.Key = None) -> None:
     """Talk to a version of a run, or to two side by side: in the terminal, with lines from a pipe, or with --web on a page."""
+    for_page = {"--host": host != HOST and host, "--port": port != PORT and port, "--password-file": password_file,
+                "--tls-certificate": tls_certificate, "--tls-key": tls_key}
+    if not web and (stray := next((f"{option} {value}" for option, value in for_page.items() if value), None)):
+        raise PosttrainError(stray, "an option of the page, and there is none", "--web beside it", "Add --web, or leave the option out.")
     found = [versions.find(model, section, chat_template)]
     if beside:
         found.append(versions.beside(model, beside, chat_template))
     settings = Settings(temperature, top_p, max_new_tokens, seed)
     if web:
-        _on_a_page(found, settings, system, host, port, password_file)
+        _on_a_page(found, settings, system, host, port, password_file, tls_certificate, tls_key)
         return
     speaker = _loaded(found)
     Terminal(Talk(names(found), speaker, settings, system)).run()
@@ -311,17 +317,17 @@ def _loaded(found: list[Version]):
     return Speaker(found)
 
 
-def _on_a_page(found: list[Version], settings: Settings, system: str, host: str, port: int, password_file: Path | None) -> None:
-    from posttrain import listen
-
+def _on_a_page(found: list[Version], settings: Settings, system: str, host: str, port: int, password_file: Path | None,
+               certificate: Path | None, key: Path | None) -> None:
     listen.need_ui("chat --web", "starlette", "uvicorn")
     from posttrain.annotate import site
     from posttrain.chat_web import build
 
-    password = site.read_password(host, password_file)
+    password, tls = site.read_password(host, password_file), listen.tls(certificate, key)
     listener = listen.listen(host, port)
     app = build(_loaded(found), names(found), settings, system, password, f"chat_{listener.getsockname()[1]}")
-    say(f"Chat: {listen.address(listener)} ({' | '.join(names(found))}). Ctrl-C stops it.")
-    if password:
-        say("note: the password crosses the network as it is: put a proxy with https before the page, or reach it through ssh -L")
-    listen.run(listen.server(app), listener)
+    say(f"Chat: {listen.address(listener, bool(tls))} ({' | '.join(names(found))}). Ctrl-C stops it.")
+    if password and not tls:
+        say("note: without --tls-certificate the password crosses the network as it is: put a proxy with https before the page, or reach it "
+            "through ssh -L")
+    listen.run(listen.server(app, **tls), listener)

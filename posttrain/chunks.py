@@ -8,9 +8,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
-from posttrain import distributed
+import torch
+
+from posttrain import distributed, stopping
 from posttrain.errors import PosttrainError
 from posttrain.runs import Section, digest, write_atomic, write_lines
 
@@ -33,12 +36,28 @@ def through_chunks(section: Section, paths: list[Path], make: Callable[[int, Cal
     absent = distributed.from_main(missing)
     with section.log.progress(len(paths), what + processes, "chunk", len(paths) - len(absent), together=True) as ticker:
         for i in distributed.turns(absent):
+            stopping.check()
             with distributed.alone():
                 paths[i].parent.mkdir(exist_ok=True)
-                write_chunk(paths[i], make(i, ticker.made))
+                write_chunk(paths[i], with_fewer_rows(section, partial(make, i, ticker.made)))
             ticker.advance()
         distributed.wait()
     return [r for i, path in enumerate(paths) for r in (have[i] if i in have else _finished(path))]
+
+
+def with_fewer_rows(section: Section, work: Callable):
+    """work(). Where the GPU's memory runs out, again with half as many samples side by side (generate.rows_at_once), from now on."""
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            rows = section.manifest.get("decisions", {}).get("rows_at_once", 1)
+            if rows < 2:
+                raise
+        section.manifest["decisions"]["rows_at_once"] = rows // 2  # here, where the exception and what it held are gone
+        section.inexact(f"the GPU's memory ran out with {rows} samples side by side: {rows // 2} from now on")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _finished(path: Path) -> list[dict]:

@@ -5,6 +5,7 @@ is checked without importing torch.
 """
 
 import difflib
+import json
 import re
 from copy import deepcopy
 from itertools import product
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_serializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_serializer
 from pydantic_core import PydanticCustomError
 
+from posttrain import confidential
 from posttrain.errors import PosttrainError
 from posttrain.stages import STAGES, load_config_class
 
@@ -39,6 +41,8 @@ class RunConfig(Strict):
     seed: int = 0
     dir: str = "runs"
     threads: int | None = Field(None, ge=1, description="CPU threads; default: every core the process may use")
+    report_to: Annotated[list[Literal["tensorboard", "trackio", "wandb"]], BeforeValidator(_as_list)] = Field(
+        [], description="trackers that get every number too; no part of any result")
 
 
 class LoraSettings(Strict):
@@ -94,6 +98,10 @@ class StageConfig(Strict):
     def idle(self) -> dict:
         """Keys that came later than the first recipes, with the values at which they change nothing."""
         return {}
+
+    def resources(self) -> list[Path]:
+        """Files of this program itself that the stage's result depends on: their content is part of its fingerprint."""
+        return []
 
     @model_serializer(mode="wrap")
     def _used_keys(self, dump):
@@ -164,11 +172,12 @@ class Recipe(Strict):
     data: dict[str, list[DataEntry] | HeldOut] = {}
     stages: dict[str, Any]
     path: str = ""
+    _below_data_dir: dict[tuple[str, int], str] = PrivateAttr({})  # data set and number of an entry -> its path as the recipe has it
 
     @field_validator("data", mode="before")
     @classmethod
     def _entries(cls, value):
-        return {k: v if k == "held_out" else _as_list(v) for k, v in (value or {}).items()}
+        return {k: v if k == "held_out" else _as_list(v) for k, v in value.items()} if isinstance(value, dict) else {} if value is None else value
 
     @property
     def held_out(self) -> HeldOut:
@@ -178,6 +187,11 @@ class Recipe(Strict):
     def data_sets(self) -> dict[str, list[DataEntry]]:
         return {k: v for k, v in self.data.items() if k != "held_out"}
 
+    def entries_as_written(self, name: str) -> list[dict]:
+        """A data set's entries with `$data_dir/FILE` where the recipe says so: where that folder lies, and how it is spelled, is no part of a result."""
+        return [e.model_dump() | ({"path": self._below_data_dir[name, i]} if (name, i) in self._below_data_dir else {})
+                for i, e in enumerate(self.data_sets[name])]
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-5 as a number (YAML 1.1 wants 1.0e-5) and refuses a key given twice."""
@@ -186,6 +200,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise PosttrainError(f"{self.name}, line {key_node.start_mark.line + 1}", f"the key {key!r} is not text", "a name", "Put it in quotes.")
             if key in seen:
                 raise PosttrainError(f"{self.name}, line {key_node.start_mark.line + 1}", f"key '{key}' is given twice",
                                      "each key once", "Remove one of them.")
@@ -210,17 +226,23 @@ def read_yaml(path: Path) -> dict:
                              f"Did you mean {path.parent / near[0]}?" if near else "See recipes/ for the shipped ones.") from None
     except (OSError, UnicodeDecodeError) as e:
         raise PosttrainError(str(path), f"cannot be read ({e})", "a UTF-8 YAML file", "Check the path and its permissions.") from None
-    loader = _Loader(text)
-    loader.name = str(path)
+    loader = None
     try:
+        loader = _Loader(text)
+        loader.name = str(path)
         value = loader.get_single_data()
+        json.dumps(value, default=str)  # fails for an anchor that holds itself
+    except (ValueError, RecursionError) as e:  # ValueError: also a date that does not exist
+        raise PosttrainError(str(path), f"holds a value that cannot be read ({str(e) or 'nested without end'})", "plain names, numbers and lists",
+                             "Correct or remove it.") from None
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         raise PosttrainError(where, f"not valid YAML ({getattr(e, 'problem', e)})", "a YAML mapping",
                              "Check the indentation and the colons there.") from None
     finally:
-        loader.dispose()
+        if loader:
+            loader.dispose()
     if not isinstance(value, dict):
         raise PosttrainError(str(path), f"holds {type(value).__name__}", "a mapping with run, model, data and stages",
                              "Start from a recipe in recipes/.")
@@ -273,9 +295,10 @@ def _apply_override(raw: dict, text: str) -> None:
             node = node[part]
 
 
-def _from_data_dir(raw: dict, recipe: Path) -> None:
+def _from_data_dir(raw: dict, recipe: Path) -> dict[tuple[str, int], str]:
     """Data entries whose path begins with $data_dir/ are read from the folder that `data_dir` names (data_dir=FOLDER), those of them that it has;
-    without `data_dir` the recipe does without them. In a recipe with no such entry `data_dir` is an unknown key."""
+    without `data_dir` the recipe does without them. In a recipe with no such entry `data_dir` is an unknown key. Returns what such paths were:
+    (data set, number of the entry) -> path."""
     def name_of(entry) -> str | None:
         path = str(entry.get("path")) if isinstance(entry, dict) else ""
         return path.removeprefix("$data_dir/") if path.startswith("$data_dir/") else None
@@ -283,7 +306,7 @@ def _from_data_dir(raw: dict, recipe: Path) -> None:
     sets = {k: _as_list(v) for k, v in (raw.get("data") if isinstance(raw.get("data"), dict) else {}).items() if k != "held_out"}
     names = list(dict.fromkeys(n for entries in sets.values() for e in entries if (n := name_of(e))))
     if not names:
-        return
+        return {}
     folder, have = raw.pop("data_dir", None), []
     if folder is not None:
         folder = Path(str(folder))
@@ -292,9 +315,12 @@ def _from_data_dir(raw: dict, recipe: Path) -> None:
         if not have:
             raise PosttrainError(f"{recipe}: data_dir", f"'{folder}' has no file that the recipe names" if any(p.is_dir() for p in places) else
                                  f"no folder '{folder}'", f"a folder with one of {', '.join(names)}", "Check the path and the names of its files.")
+    written = {}
     for key, entries in sets.items():
         kept = [e for e in entries if name_of(e) is None or name_of(e) in have]
         raw["data"][key] = [e if name_of(e) is None else e | {"path": str(folder / name_of(e))} for e in kept]
+        written |= {(key, i): e["path"] for i, e in enumerate(kept) if name_of(e) is not None}
+    return written
 
 
 def _override_value(text: str, value: str):
@@ -302,8 +328,10 @@ def _override_value(text: str, value: str):
     if value.startswith("@"):
         return value
     try:
-        return yaml.load(value, Loader=_Loader) if value else None
-    except yaml.YAMLError as e:
+        read = yaml.load(value, Loader=_Loader) if value else None
+        json.dumps(read, default=str)
+        return read
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise PosttrainError(f"override '{text}'", f"'{value}' is not a YAML value ({getattr(e, 'problem', e)})", "a number, word or [list]",
                              "Put quotes around it.") from None
 
@@ -349,7 +377,7 @@ def _refuse(error: ValidationError, place: str, model: type[BaseModel], prefix: 
 
 def _stage_config(name: str, raw: dict, place: str) -> StageConfig:
     kind = raw.get("stage", name)
-    if kind not in STAGES:
+    if not isinstance(kind, str) or kind not in STAGES:
         raise PosttrainError(f"{place}: stages.{name}.stage", f"no stage kind '{kind}'", f"one of {', '.join(STAGES)}",
                              _suggest(kind, STAGES) + " A section whose name is not a kind needs 'stage: KIND'.")
     cls = load_config_class(kind)
@@ -465,12 +493,14 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     for text in overrides:
         _apply_override(raw, text)
     place = str(path)
-    _from_data_dir(raw, path)
+    confidential.refuse(raw, place)
+    below_data_dir = _from_data_dir(raw, path)
     sweeps = _expand_sweeps(raw, place)
     try:
         recipe = Recipe(**{k: v for k, v in raw.items() if k != "path"}, path=place)
     except ValidationError as e:
         _refuse(e, place, Recipe)
+    recipe._below_data_dir = below_data_dir
     if not recipe.stages:
         raise PosttrainError(f"{place}: stages", "no sections", "at least one stage", "Start from a recipe in recipes/.")
     for name, section in recipe.stages.items():
@@ -502,6 +532,12 @@ def _check_names(recipe: Recipe, place: str, sweeps: dict[str, list[str]]) -> No
             if ref not in recipe.stages:
                 raise PosttrainError(f"{place}: stages.{name}", f"'@{ref}' names no section", "a section of this recipe",
                                      _suggest(ref, [s for s in recipe.stages if s != name]))
+        for field, info in type(config).model_fields.items():
+            kind = (info.json_schema_extra or {}).get("reads")
+            for ref in references(getattr(config, field)) if kind else ():
+                if recipe.stages[ref].stage != kind:
+                    raise PosttrainError(f"{place}: stages.{name}.{field}", f"'@{ref}' is of kind {recipe.stages[ref].stage}", f"of kind {kind}",
+                                         f"Name a section of kind {kind}.")
         for field, names in fields_referring_to(config, "data").items():
             for data_name in names:
                 if not data_name.startswith("@") and data_name not in recipe.data_sets:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain.card import LICENCE_FILES, NOTICES
+from posttrain.card import NOTICES, is_licence
 from posttrain.errors import PosttrainError
 from posttrain.export import replace
 from posttrain.log import say
@@ -31,7 +31,12 @@ FILE_BYTES = 2_000_000_000  # of an output file, at most (one tensor may be larg
 CONTEXT = 4096  # tokens Llama 2 was trained on; params.json doesn't say
 PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "vocab_size")
 NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
-ELSEWHERE = "Only Llama 2 is converted; Llama 3 and Code Llama are on the hub in transformers' layout (name one as model.name_or_path)."
+ELSEWHERE = "Only Llama 2 is converted; later models are on the hub in transformers' layout: name one as model.name_or_path, such as {}."
+LLAMA_3, CODE_LLAMA = "meta-llama/Llama-3.1-8B", "codellama/CodeLlama-7b-hf"
+LLAMA_1 = ("Take Llama 2. For Llama 1 itself, convert it with transformers 4 (`python -m transformers.models.llama.convert_llama_weights_to_hf "
+           "--llama_version 1`), and name that folder as model.name_or_path.")
+CODE_THETA, CODE_PIECES, THIRD_THETA, THIRD_TOKENS = 1_000_000, 32016, 500_000, 128256  # of Code Llama's files, and of Llama 3's
+DIM_7B, DIM_65B = 4096, 8192  # of Llama 1 and 2
 TEXTS = ("Hello there, who are you?", "two  spaces\n\tand a tab ", "In 1789 émeute 日本語 😀", "[INST] x [/INST]")
 
 # Meta's name -> (transformers' name, rows, columns, the side that is split over the shards or None where each has a copy)
@@ -63,8 +68,11 @@ def run(source: Path, out: Path) -> None:
     params = read_params(source)
     tokenizer_model = find_tokenizer(source)
     pieces = sentencepiece_model(tokenizer_model)
+    if pieces.get_piece_size() == CODE_PIECES:
+        raise _another(str(tokenizer_model), "Code Llama", f"{CODE_PIECES} pieces, 16 of them for infilling", CODE_LLAMA)
     check_sums(source, tokenizer_model)
     shards = read_shards(source)
+    refuse_llama_1(params, shards, source)
     places = layout(params, pieces.get_piece_size(), source)
     dtype = check_shapes(places, shards, source)
     files = by_file(places, dtype.itemsize)
@@ -102,6 +110,9 @@ def run(source: Path, out: Path) -> None:
 def read_params(source: Path) -> dict:
     """params.json, known keys only."""
     path = source / "params.json"
+    if not source.is_dir():
+        raise PosttrainError(str(source), "a file" if source.exists() else "no such folder", "the folder of Meta's download",
+                             "Name the folder that holds consolidated.00.pth and params.json, such as llama-2-7b.")
     try:
         params = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -110,9 +121,7 @@ def read_params(source: Path) -> dict:
     except (OSError, ValueError) as e:
         raise PosttrainError(str(path), f"cannot be read ({e})", "Meta's params.json", "Download it again.") from None
     params = {k: v for k, v in params.items() if v is not None} if isinstance(params, dict) else {}
-    if other := [k for k in params if k not in PARAMS]:
-        raise PosttrainError(str(path), f"'{other[0]}': {params[other[0]]!r} is not supported", f"the keys of Llama 2 ({', '.join(PARAMS)})",
-                             ELSEWHERE)
+    refuse_later(params, path)
     bad = [k for k in NEEDED if k not in params] or [k for k, v in params.items() if isinstance(v, bool) or not isinstance(v, (int, float))]
     if bad:
         raise PosttrainError(str(path), f"'{bad[0]}' is {params.get(bad[0], 'missing')}", "a number", "Download it again.")
@@ -121,6 +130,39 @@ def read_params(source: Path) -> dict:
         raise PosttrainError(str(path), f"dim {params['dim']}, n_heads {params['n_heads']}, n_kv_heads {params['n_kv_heads']}",
                              "numbers that divide each other", "Download it again.")
     return params
+
+
+def _another(place: str, model: str, found: str, instead: str) -> PosttrainError:
+    return PosttrainError(place, f"a {model} model ({found})", "Llama 2", ELSEWHERE.format(instead))
+
+
+def refuse_later(params: dict, path: Path) -> None:
+    """params.json of a model after Llama 2, by what it says."""
+    theta, vocab = params.get("rope_theta"), params.get("vocab_size")
+    if theta == CODE_THETA or vocab == CODE_PIECES:
+        raise _another(str(path), "Code Llama", f"rope_theta {theta:g}" if theta else f"vocab_size {vocab}", CODE_LLAMA)
+    if theta == THIRD_THETA or vocab == THIRD_TOKENS:
+        name = "Llama 3.1 or later" if "use_scaled_rope" in params else "Llama 3"
+        raise _another(str(path), name, f"rope_theta {theta:g}" if theta else f"vocab_size {vocab}", LLAMA_3)
+    if other := [k for k in params if k not in PARAMS]:
+        raise PosttrainError(str(path), f"'{other[0]}': {params[other[0]]!r} is not supported", f"the keys of Llama 2 ({', '.join(PARAMS)})",
+                             ELSEWHERE.format(LLAMA_3))
+
+
+def refuse_llama_1(params: dict, shards: list[dict[str, Tensor]], source: Path) -> None:
+    """Llama 1 has the same keys, tokenizer and tensors, but was trained on 2,048 tokens. What tells it: 7B keeps the rotary frequencies in every
+    layer (all others once); norm_eps is 1e-6, but for 65B (1e-6 stood in an early Llama 2 7B chat too:
+    https://github.com/meta-llama/llama/issues/771); and 65B has every key-value head, which Llama 2 70B has not."""
+    layered = next((k for k in shards[0] if k.startswith("layers.") and k.endswith("rope.freqs")), None)
+    if layered:
+        found = f"'{layered}' in consolidated.00.pth"
+    elif params["norm_eps"] == 1e-6 and (params["dim"] > DIM_7B or "rope.freqs" not in shards[0]):
+        found = f"dim {params['dim']} with norm_eps 1e-06"
+    elif params["dim"] == DIM_65B and params["n_kv_heads"] == params["n_heads"]:
+        found = f"dim {params['dim']} with {params['n_heads']} key-value heads"
+    else:
+        return
+    raise PosttrainError(str(source), f"a Llama 1 model ({found})", "Llama 2", LLAMA_1)
 
 
 def find_tokenizer(source: Path) -> Path:
@@ -132,7 +174,7 @@ def find_tokenizer(source: Path) -> Path:
     with found.open("rb") as f:
         first = f.readline(200)
     if re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\s*", first):
-        raise PosttrainError(str(found), "a tiktoken vocabulary, as Llama 3 has", "a sentencepiece model", ELSEWHERE)
+        raise PosttrainError(str(found), "a tiktoken vocabulary, as Llama 3 has", "a sentencepiece model", ELSEWHERE.format(LLAMA_3))
     return found
 
 
@@ -236,10 +278,11 @@ def check_shapes(places: list[Place], shards: list[dict[str, Tensor]], source: P
                 raise PosttrainError(where, f"'{p.meta}' is {tuple(found.shape)}", f"{wanted} in one of {n} shards of a matrix {p.shape}",
                                      "Check that params.json is of this model, and that no shard is missing.")
             if found.dtype != dtype or not dtype.is_floating_point or dtype.itemsize not in (2, 4):
-                raise PosttrainError(where, f"'{p.meta}' is {found.dtype}", "one of float16, bfloat16 and float32 throughout", ELSEWHERE)
+                raise PosttrainError(where, f"'{p.meta}' is {found.dtype}", "one of float16, bfloat16 and float32 throughout",
+                                     ELSEWHERE.format(LLAMA_3))
         known = {p.meta for p in places}
         if other := [k for k in shard if k not in known and not k.endswith("rope.freqs")]:  # those are computed from the configuration
-            raise PosttrainError(where, f"an unknown tensor '{other[0]}'", "those of Llama 2", ELSEWHERE)
+            raise PosttrainError(where, f"an unknown tensor '{other[0]}'", "those of Llama 2", ELSEWHERE.format(LLAMA_3))
     return dtype
 
 
@@ -306,7 +349,7 @@ def copy_licence(folders: list[Path], work: Path) -> str:
     """The download's licence files, and a README.md that names the Llama 2 licence where they hold it. Returns the licence's name, or 'unknown'."""
     found = False
     for folder in reversed(folders):  # the model's own last
-        for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().startswith(LICENCE_FILES)):
+        for path in sorted(p for p in folder.iterdir() if p.is_file() and is_licence(p.name)):
             text = path.read_text(encoding="utf-8", errors="replace")
             if "llama" in text.lower():  # the folder above may be anybody's
                 shutil.copyfile(path, work / path.name)

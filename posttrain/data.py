@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -367,11 +368,35 @@ def _labelled(item: Item, entry: DataEntry, source: str) -> Item:
     return replace(item, source=item.source or source, safety=item.safety or entry.safety_prompt)
 
 
+_remembered: ContextVar[dict | None] = ContextVar("remembered", default=None)  # what load_entry made of every file
+
+
+@contextmanager
+def remembering():
+    """Within it load_entry reads a local file once, by whatever path it is named; one that has changed meanwhile it reads again."""
+    token = _remembered.set({})
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
+
+
 def load_entry(entry: DataEntry, recipe_dir: Path, seed: int, place: str) -> Loaded:
     """Read, map, convert and sample one entry. Rows at fault become findings; only a file or data set that cannot be opened raises.
 
     `weight:` is not applied here but to the training rows of a split, so that held-out rows are counted once."""
-    path = _local(entry, recipe_dir, place)
+    path, memory = _local(entry, recipe_dir, place), _remembered.get()
+    if memory is None or path is None:
+        return _read_entry(entry, path, recipe_dir, seed, place)
+    about = path.stat()
+    key = (path.resolve(), about.st_mtime_ns, about.st_size, seed, entry.model_dump_json(exclude={"path", "weight", "bad_rows", "expect"}))
+    if key not in memory:
+        memory[key] = _read_entry(entry, path, recipe_dir, seed, place)
+    return replace(memory[key], findings=[replace(f, file=entry.path) for f in memory[key].findings])
+
+
+def _read_entry(entry: DataEntry, path: Path | None, recipe_dir: Path, seed: int, place: str) -> Loaded:
+    """path: of a local file."""
     fingerprint = fingerprint_entry(entry, recipe_dir, place)
     source = entry.path if path is None else Path(path.name.removesuffix(".gz")).stem
     read, kind = FORMATS[entry.format].read, FORMATS[entry.format].kind

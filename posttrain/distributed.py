@@ -54,8 +54,21 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def check_launcher() -> None:
+    """Raises PosttrainError where a launcher was asked for what does not happen: several processes of which one came, or sharded models."""
+    asked = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in ("CPU", "FSDP", "DEEPSPEED")}
+    if sharding := next((name for name in ("FSDP", "DEEPSPEED") if asked[name]), None):
+        raise PosttrainError("accelerate launch", f"{'FSDP' if sharding == 'FSDP' else 'DeepSpeed'} is asked for, and models are not sharded here",
+                             "every process with the whole base (docs/scaling.md)", "Use recipes/accelerate/ddp.yaml, and LoRA or a smaller base if "
+                             "one card cannot hold it.")
+    if asked["CPU"] and "MASTER_ADDR" in os.environ and "LOCAL_RANK" not in os.environ:
+        raise PosttrainError("accelerate launch --cpu", "several processes are asked for, and it has started one", "as many as are asked for",
+                             "Use torchrun: `torchrun --nproc-per-node 2 -m posttrain run RECIPE`.")
+
+
 def join() -> None:
     """Meet the other processes; each takes its own GPU. Nothing in one process."""
+    check_launcher()
     if world() > 1:
         import torch
         from accelerate import PartialState
@@ -108,6 +121,20 @@ def share(n: int) -> list[int]:
     return list(range(rank(), n, world()))
 
 
+def share_by_length(chosen: list[int], things: list) -> list[int]:
+    """Which of the chosen things' numbers are this process's, all processes' about equally long together: the longest first, each to the one with the
+    least so far. One process keeps them in their order."""
+    shares: list[list[int]] = [[] for _ in range(world())]
+    if len(shares) == 1:
+        return chosen
+    load = [0] * len(shares)
+    for i in sorted(chosen, key=lambda i: (-len(things[i]), i)):
+        least = load.index(min(load))
+        shares[least].append(i)
+        load[least] += len(things[i])
+    return shares[rank()]
+
+
 def assemble(mine: list) -> list:
     """The results of everyone's `share`, in the order of the whole, on all."""
     parts = gather(mine)
@@ -143,9 +170,9 @@ def turns(things: list):
 
 
 def add_numbers(numbers: dict[str, float]) -> dict[str, float]:
-    """Sums over all processes, key by key; the same keys everywhere."""
+    """Sums over all processes, key by key; a key that a process lacks is 0 there."""
     parts = gather(numbers)
-    return {key: sum(part[key] for part in parts) for key in numbers}
+    return {key: sum(part.get(key, 0) for part in parts) for key in dict.fromkeys(key for part in parts for key in part)}
 
 
 def add(*tensors) -> None:

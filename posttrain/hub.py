@@ -9,6 +9,7 @@ from posttrain.errors import PosttrainError
 from posttrain.export import MARK
 from posttrain.log import say
 
+BASE = "base_"  # how the names of the base's own licence files begin in an export
 AGAIN = "Run the same command again: what is there is not sent twice."
 
 
@@ -72,13 +73,20 @@ def check_name(name: str, licence: str, public: bool) -> None:
 
 
 def licence_copies(api, folder: Path) -> dict[str, bytes]:
-    """The base's licence files from its own repository, where the folder has none: {file name here: content}."""
-    if any(folder.glob("BASE_LICEN?E*")):
-        return {}
-    base = json.loads((folder / MARK).read_text(encoding="utf-8"))["base"]
-    files = api.list_repo_files(base) if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) else []  # a local folder's begins with '...'
-    names = [n for n in files if n.lower().startswith(card.LICENCE_FILES)]
-    if not any(n.lower().startswith("licen") for n in names):
+    """The base's licence files from its own repository, as far as the folder has none of that name: {file name here: content}."""
+    here = [p.name.lower().removeprefix(BASE) for p in folder.iterdir() if p.name.lower().startswith(BASE)]
+    told = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    base, revision = told["base"], told.get("revision")
+    if any(map(_agreement, here)) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", base):  # a local folder's begins with '...'
+        names = []
+    else:
+        names = [n for n in api.list_repo_files(base, revision=revision) if card.is_licence(n) and n.lower() not in here]
+    if not any(map(_agreement, [*here, *names])):
         raise PosttrainError(str(folder), "no copy of the base's licence, which has to go with every copy of the model", "it as BASE_LICENSE.txt",
                              "Put it into that folder.")
-    return {f"BASE_{n}": Path(api.hf_hub_download(base, n)).read_bytes() for n in names}
+    return {f"BASE_{n}": Path(api.hf_hub_download(base, n, revision=revision)).read_bytes() for n in names}
+
+
+def _agreement(name: str) -> bool:
+    """LICENSE, licence.md and the like: the licence itself, not what goes with it."""
+    return name.lower().startswith("licen")

@@ -9,6 +9,7 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from statistics import quantiles
@@ -17,7 +18,7 @@ import typer
 
 from posttrain import builtin, chat, doctor, lint, plan, shape
 from posttrain import config as cfg
-from posttrain.data import Item, content, held_out_keys, load_entry, naming, prompt_key, read_rows
+from posttrain.data import Item, content, held_out_keys, load_entry, naming, prompt_key, read_rows, remembering
 from posttrain.errors import PosttrainError
 from posttrain.formats import FORMATS, Demonstration, Pair, Prompt, name_columns
 from posttrain.init_recipe import SMALL, TUNINGS, Choice, Fitting, Numbers, Source, Text, choose, render, seconds, speed_of, tuning_note, up
@@ -132,6 +133,11 @@ def look(path: Path, kind: str, given: Given, asker: Asker) -> Source:
 
 def gather_pairs(given: Given, asker: Asker) -> dict[str, list[Source]]:
     """pairs | helpful | safety -> files. What a file compares is asked where no option says it."""
+    rows = [first_row(path) for name in PAIR_SETS for path in getattr(given, name)]
+    for ours, theirs in given.columns.items():
+        if rows and not any(theirs in row for row in rows):
+            raise PosttrainError(f"--columns {ours}={theirs}", f"no preference file has a column '{theirs}'", f"one of {name_columns(rows[0])}",
+                                 "Correct the name, or leave --columns out where they have ours.")
     found = {name: [look(p, "pair", given, asker) for p in getattr(given, name)] for name in PAIR_SETS}
     while not any(found.values()) or (not asker.yes and not (given.pairs or given.helpful or given.safety)):
         more = any(found.values())
@@ -338,37 +344,63 @@ class Found:
 
 def run(path: Path, given: Given, asker: Asker) -> None:
     """Ask, look, plan, write. Where the plan fails, the files of prompts and demonstrations that it wrote are taken away again."""
+    check(path, given)
+    memory = machine(given.gpu)
+    made = []
+    with remembering():
+        found = gather(path, given, asker)
+        written = stand_ins(path, found)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for file, rows in written.items():
+                write_lines(file, rows)
+                made.append(file)
+            found.items |= {key: [i for s in found.sets[key] for i in load(s)] for key in ("demonstrations", "prompts") if key in found.sets}
+            for note in found.notes.values():
+                say(f"note: {note}")
+            fitting, numbers, rows = conclude(path, given, found, memory)
+            recipe, _ = fitting.planned(numbers)
+            write_atomic(free_name(path, "the recipe"), render(fitting.choice, numbers, path.parent, path))
+        except BaseException as e:
+            for file in made:
+                file.unlink()
+            if isinstance(e, OSError):
+                raise PosttrainError(str(e.filename or path), f"cannot be written ({e.strerror})", "a place that you may write to",
+                                     f"Name another recipe than {path}.") from None
+            raise
+    tell(path, {file: len(lines) for file, lines in written.items()}, fitting.choice, numbers, rows, recipe, memory)
+
+
+def check(path: Path, given: Given) -> None:
+    """What can be wrong with the words alone."""
     if path.suffix not in (".yaml", ".yml"):
         raise PosttrainError(f"init {path}", "not the name of a recipe", "a name that ends in .yaml", f"Write {path}.yaml.")
     if given.tuning not in ("auto", *TUNINGS):
         raise PosttrainError("init: --tuning", f"got '{given.tuning}'", f"auto, {', '.join(TUNINGS)}", "Write one of these.")
+    if given.format is not None and given.format not in FORMATS:
+        near = get_close_matches(given.format, FORMATS, n=1)
+        raise PosttrainError("init: --format", f"unknown format '{given.format}'", f"one of {', '.join(FORMATS)}",
+                             (f"Did you mean '{near[0]}'? " if near else "") + "Without --format it is guessed from the columns.")
     free_name(path, "the recipe")
-    memory = machine(given.gpu)
-    found = gather(path, given, asker)
-    written = stand_ins(path, found)
-    made = []
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for file, rows in written.items():
-            write_lines(file, rows)
-            made.append(file)
-        found.items |= {key: [i for s in found.sets[key] for i in load(s)] for key in ("demonstrations", "prompts") if key in found.sets}
-        for note in found.notes.values():
-            say(f"note: {note}")
-        fitting, numbers, rows = conclude(path, given, found, memory)
-        recipe, _ = fitting.planned(numbers)
-        write_atomic(free_name(path, "the recipe"), render(fitting.choice, numbers, path.parent, path))
-    except BaseException:
-        for file in made:
-            file.unlink()
-        raise
-    tell(path, {file: len(lines) for file, lines in written.items()}, fitting.choice, numbers, rows, recipe, memory)
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise PosttrainError(f"init {path}", f"{above} is a file", "a recipe in a folder", "Name another place.")
+
+
+def check_model(name: str) -> None:
+    """What is meant as a place on this machine has to be a model folder."""
+    folder = Path(name)
+    meant = not builtin.is_builtin(name) and (folder.exists() or name.startswith((".", "/")) or name.count("/") > 1)
+    if meant and not (folder / "config.json").is_file():
+        found = "no config.json in it" if folder.is_dir() else "not a folder" if folder.exists() else "no such folder"
+        raise PosttrainError(f"--model {name}", found, "a model folder, a hub name such as OWNER/NAME, or a built-in name", "Check the path.")
 
 
 def gather(path: Path, given: Given, asker: Asker) -> Found:
     """The model, the data and the template."""
     name = given.model or asker("Base model: a folder, a hub name or a built-in name", default_model(), "--model NAME")
     config = cfg.ModelConfig(name_or_path=str(Path(name).expanduser()) if name.startswith("~") else name)
+    check_model(config.name_or_path)
     parameters = shape.read_shape(config, "init").parameters
     say(f"{name}: {plan.short(parameters)} parameters")
     raw = json.loads(shape._config_file(config, "init").read_text(encoding="utf-8"))

@@ -282,15 +282,15 @@ def measured_speed() -> float:
     a = torch.randn(4096 if here == "cuda" else 1024, 4096 if here == "cuda" else 1024, device=here)
     a = a.to(torch.bfloat16) if here == "cuda" or doctor.bf16_flags() else a
 
-    def products(n: int) -> float:
-        began = time.perf_counter()
-        for _ in range(n):
-            a @ a
-        a.sum().item()
-        return time.perf_counter() - began
-
-    products(3)
-    return 10 * 2 * len(a) ** 3 / products(10)
+    for _ in range(3):  # the first ones take longer
+        a @ a
+    a.sum().item()
+    began, products = time.perf_counter(), 0
+    while products < 10 and time.perf_counter() - began < 1:
+        a @ a
+        products += 1
+    a.sum().item()  # a GPU is done now
+    return products * 2 * len(a) ** 3 / (time.perf_counter() - began)
 
 
 def seconds(recipe: cfg.Recipe, rows: list[dict], speed: float, cpu: bool) -> float:

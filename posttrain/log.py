@@ -5,12 +5,15 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from posttrain import distributed
+
+PROGRESS = ".progress.json"  # in the run's folder, while something long is under way
 
 _console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())  # of several processes one speaks
 
@@ -29,6 +32,11 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def rate_words(rate: float | None) -> list[str]:
+    """['812 tokens/s'], or nothing."""
+    return [] if rate is None else [f"{rate:,.0f} tokens/s"]
 
 
 def append_line(path: Path, row: dict) -> None:
@@ -51,12 +59,21 @@ def read_lines(path: Path) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines would also cut at U+2028 and U+0085 inside an answer
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines would also cut at U+2028 and U+0085 inside an answer
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def read_whole(path: Path) -> dict:
+    """A JSON object in a file, or {} where it is not there, not whole or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 class Log:
@@ -92,20 +109,22 @@ class Log:
         say(f"  {text}")
 
     def progress(self, total: int, what: str, unit: str = "step", done: int = 0, together: bool = False) -> "Ticker":
-        return Ticker(total, f"{self.name}: {what}", unit, done, together=together)
+        return Ticker(total, f"{self.name}: {what}", unit, done, together=together, file=self.folder.parent / PROGRESS)
 
 
 class Ticker:
     """Progress of long work: a live bar on a terminal, a plain line every few seconds elsewhere. Use as a context manager.
 
-    together: several processes share the work, each tells its own part, and all of it is shown.
+    together: several processes share the work, each tells its own part, and all of it is shown. file: where it stands, for who looks on from another
+    program; there while the work lasts.
     """
 
-    def __init__(self, total: int, what: str, unit: str, done: int = 0, every: float = 15.0, together: bool = False):
+    def __init__(self, total: int, what: str, unit: str, done: int = 0, every: float = 15.0, together: bool = False, file: Path | None = None):
         self.total, self.what, self.unit, self.first, self.every = max(total, 1), what, unit, done, every
         self.steps, self.tokens = distributed.Count(together), distributed.Count(together)
         self.start = self.last = self.told = time.time()
         self.untold, self.note = 0, ""
+        self.file, self.kept = file if distributed.is_main() else None, 0.0
         self.bar = None
         if _console.is_terminal:  # rich's own estimate looks back 30 seconds: it has none where a step takes longer
             self.bar = Progress(TextColumn("  {task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -115,14 +134,18 @@ class Ticker:
     def __enter__(self):
         if self.bar:
             self.bar.start()
+        self._keep(self.start, self.first, None, None)
         return self
 
     def __exit__(self, kind, *_):
         if self.bar:
             self.bar.stop()
+        if self.file:
+            with suppress(OSError):
+                self.file.unlink()
         if kind is None:
             done, took = self._done(), time.time() - self.start
-            say(f"  {', '.join([f'{self.what}: {done} {self.unit}s in {duration(took)}', *self._rate(took)])}")
+            say(f"  {', '.join([f'{self.what}: {done} {self.unit}s in {duration(took)}', *rate_words(self._rate(took))])}")
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """n units more are done. note: what to say of them."""
@@ -139,16 +162,29 @@ class Ticker:
     def _done(self) -> int:
         return self.first + self.steps.add(0)
 
-    def _rate(self, seconds: float) -> list[str]:
-        """'812 tokens/s', where tokens are told."""
+    def _rate(self, seconds: float) -> float | None:
+        """Tokens per second, where tokens are told."""
         made, self.untold = self.tokens.add(self.untold), 0
-        return [f"{made / max(seconds, 1e-9):,.0f} tokens/s"] if made else []
+        return made / max(seconds, 1e-9) if made else None
+
+    def _keep(self, now: float, done: int, left: float | None, rate: float | None) -> None:
+        """Write the file, at most every two seconds. It is no part of the work: a full disk does not stop it."""
+        if self.file and now - self.kept >= 2:
+            self.kept = now
+            with suppress(OSError):
+                tmp = self.file.with_suffix(".tmp")
+                tmp.write_text(json.dumps({"what": self.what, "unit": self.unit, "done": done, "total": self.total, "left": left,
+                                           "tokens_per_second": rate, "note": self.note, "time": now}), encoding="utf-8")
+                tmp.replace(self.file)
 
     def _show(self) -> None:
         now, done = time.time(), self._done()
         self.told = now
-        notes = [*self._rate(now - self.start), *([self.note] if self.note else [])]
-        left = duration((self.total - done) * (now - self.start) / (done - self.first)) if done > self.first else "?"
+        rate = self._rate(now - self.start)
+        notes = [*rate_words(rate), *([self.note] if self.note else [])]
+        seconds = (self.total - done) * (now - self.start) / (done - self.first) if done > self.first else None
+        left = "?" if seconds is None else duration(seconds)
+        self._keep(now, done, seconds, rate)
         if self.bar:
             self.bar.update(self.task, completed=done, left=left, note=", ".join(notes))
         elif now - self.last >= self.every and done < self.total:

@@ -62,7 +62,8 @@ def resolve(name_or_path: str, place: str = "model.name_or_path") -> str:
         if not list(path.glob("*.safetensors")):
             pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
             found = f"holds {', '.join(pickled)} but no .safetensors" if pickled else "holds no weights"
-            do = "load it once with transformers in a place you trust and save_pretrained() it."
+            do = f"load it where you trust it: `python -c \"from transformers import AutoModelForCausalLM as M; " \
+                 f"M.from_pretrained('{path}', use_safetensors=False).save_pretrained('OUT')\"`, and copy its tokenizer files."
             do = f"`python -m posttrain convert {path} OUT`." if "consolidated.00.pth" in pickled else do
             raise PosttrainError(f"{place}: {path}", found, "a folder with model.safetensors", f"Convert it: {do}")
         return str(path)

@@ -2,7 +2,8 @@
 
 Every number says where it comes from. counted: from files that are here, the recipe's own keys, or exact arithmetic on a model's
 published shape. declared: rests on the recipe's `expect:` for data that is not here yet. estimated: rests on a rule of thumb, each
-stated where it is used: 1.35 tokens a word, answers as long as `max_new_tokens` allows, activations by hand count.
+stated where it is used: 1.35 tokens a word, answers as long as `max_new_tokens` allows, activations by hand count (posttrain.memory).
+The page that a terminal shows is posttrain.plan_page, what to change where a section does not fit posttrain.plan_cures.
 """
 
 import json
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote_plus
 
+from posttrain import cards, data, memory, plan_page
 from posttrain import config as cfg
-from posttrain import data
 from posttrain.errors import PosttrainError
 from posttrain.formats import FORMATS
 from posttrain.shape import read_shape
@@ -24,13 +25,10 @@ TOKENS_PER_WORD, TEMPLATE_TOKENS, OPENING_TOKENS = 1.35, 32, 35  # of a red team
 PAPER_BATCH = {"sft": 64, "reward": 512}
 FEWEST_STEPS, FEWEST_WARMUP = 50, 5
 RESERVE = 1.0e9  # bytes of a GPU that its driver and the allocator keep
-LABELS = ("counted", "declared", "estimated")
-USES = ("base", "roles", "optimizer", "decoder", "kv_cache", "activations")
+GROUPED = 0.5  # of free memory that a micro-batch chosen by memory may take (as posttrain.training.choose_budget)
 
 
-def weakest(*labels: str) -> str:
-    """What a number is that was made from several."""
-    return max(labels, key=LABELS.index)
+render, short, weakest = plan_page.render, plan_page.short, plan_page.weakest
 
 
 # -- steps: the same arithmetic as the stages use ----------------------------------------------------------------------------------
@@ -179,13 +177,20 @@ def cached_rows(entry: cfg.DataEntry) -> int | None:
 class Planner:
     """One recipe's plan. `rows` of a section, by kind, in PLANS at the bottom."""
 
-    def __init__(self, recipe: cfg.Recipe):
-        self.recipe, self.model = recipe, recipe.model
+    def __init__(self, recipe: cfg.Recipe, card: cards.Card | None = None):
+        self.recipe, self.model, self.card = recipe, recipe.model, card
         self.shape = read_shape(recipe.model, recipe.path)
         self.lora = self.shape.lora(self.model.lora, f"{recipe.path}: model.lora") if self.model.lora else 0
         self.label = "counted" if self.shape.exact else "estimated"
         full = {"float32": 4, "bfloat16": 2, "auto": 4}  # weights in training stay float32 unless the recipe says otherwise
         self.width = {"float32": 4}.get(self.model.dtype, 2) if self.lora else full[self.model.dtype]
+
+    def way(self, trainer: bool = False) -> memory.Way:
+        """How the model computes. trainer: in transformers' Trainer, which runs float32 weights in bfloat16 unless the recipe names a dtype."""
+        if self.lora:
+            return memory.Way(self.width, rank=self.model.lora.r, quantized=self.model.quantization != "none", rows=self.model.add_tokens)
+        mixed = trainer and self.model.dtype == "auto"
+        return memory.Way(2 if mixed else self.width, full=True, mixed=mixed)
 
     @cached_property
     def data(self) -> Data:
@@ -259,17 +264,49 @@ class Planner:
         found = [self.recipe.stages[name] for name in cfg.ancestors(self.recipe, config)]
         return [c for c in found if c.stage == "rejection"]
 
-    def memory(self, frozen: int, trainable: int, kv_tokens: int = 0, training_tokens: int = 0, checkpointing: bool = False) -> dict:
-        """Bytes by use, at their peak. Decoding and training take turns, so the larger of key/value memory and activations counts.
-        decoder: the merged copy that adapters on an unquantized base decode from (posttrain.decoder)."""
-        shape, roles = self.shape, frozen + trainable
-        size = self.lora * 4 if self.lora else shape.parameters * self.width
-        out = {"base": shape.weights(self.model.quantization, self.width) if self.lora else 0.0,
-               "roles": roles * size, "optimizer": 3 * trainable * size,  # gradient and Adam's two moments
+    def roles(self, frozen: list[str], trained: list[str]) -> list[dict]:
+        """What a section holds besides the shared base: parameters and bytes of every role. The base as a compared model holds nothing of its own."""
+        out = []
+        for name in [*trained, *frozen]:
+            size = self.lora or self.shape.parameters
+            weights, learns = size * (4 if self.lora else self.width), name in trained
+            out.append({"role": name, "parameters": size, "trained": learns, "weights": weights, "gradients": weights * learns,
+                        "optimizer": 2 * weights * learns})  # Adam's two moments
+        return out
+
+    def held(self, roles: list[dict], activations: float = 0.0, kv_tokens: int = 0, decoding: float = 0.0) -> dict:
+        """Bytes by use, of one card. total: the peak. Decoding, scoring and training take turns, so the largest of them counts.
+
+        decoder: the merged copy that adapters on an unquantized base decode from (posttrain.decoder). The optimizer's step holds one
+        more copy of what is trained, after the activations are gone. Of several cards each holds everything (docs/scaling.md)."""
+        shape = self.shape
+        weights, gradients, optimizer = (sum(r[k] for r in roles) for k in ("weights", "gradients", "optimizer"))
+        out = {"base": shape.weights(self.model.quantization, self.width) if self.lora else 0.0, "roles": weights, "optimizer": optimizer,
                "decoder": shape.body * self.width if kv_tokens and self.lora and self.model.quantization == "none" else 0,
-               "kv_cache": kv_tokens * shape.kv(self.width),
-               "activations": training_tokens * shape.activations(self.width, checkpointing)}
-        return out | {"total": sum(out[k] for k in USES[:4]) + max(out["kv_cache"], out["activations"])}
+               "gradients": gradients, "activations": activations, "kv_cache": kv_tokens * shape.kv(self.way().width), "decoding": decoding}
+        turns = (out["kv_cache"] + decoding, gradients + max(out["activations"], gradients))
+        return out | {"total": sum(out[k] for k in ("base", "roles", "optimizer", "decoder")) + max(turns)}
+
+    def micro_batch(self, config, way: memory.Way, roles: list[dict], longest: float) -> tuple[int, int]:
+        """(tokens of a micro-batch as chosen, tokens of the largest that comes). A longer row goes alone."""
+        asked = config.micro_batch_tokens if hasattr(config, "micro_batch_tokens") else None
+        if asked is None and self.card:
+            held = self.held(roles)
+            free = self.card.gigabytes * 1e9 - RESERVE - held["base"] - held["roles"] - held["optimizer"] - held["gradients"]
+            asked = memory.micro_batch(self.shape, way, max(free, 0) * GROUPED)
+        asked = asked or round(longest)
+        return asked, max(asked, round(longest))
+
+    def operations(self, tokens: float, length: float, head: float = 1.0) -> float:
+        """Floating-point operations of one pass forward over `tokens` of rows of a mean length (2 a weight and token; half of each row's attention).
+        head: the share of the tokens whose logits are made."""
+        s = self.shape
+        return tokens * (2 * s.body + 2 * s.layers * s.q_width * length + 2 * head * s.vocab * s.hidden)
+
+    def learning(self, tokens: float, length: float, head: float, checkpointing: bool) -> float:
+        """Operations of a pass forward and backward: three times as many as forward, twice where only adapters learn."""
+        one = self.operations(tokens, length, head)
+        return one * ((2 if self.lora else 3) + checkpointing)
 
     def training(self, config, kind: str, count: Count, unit: str, units: int | None = None) -> dict:
         """What sft and reward share. units: packed sequences, when the batch counts those."""
@@ -280,26 +317,41 @@ class Planner:
         paper = PAPER_BATCH[kind]
         whose = "the recipe's" if config.batch_size else "the paper's"
         whose = f"lowered from {paper} for {FEWEST_STEPS} steps" if not config.batch_size and batch < paper else whose
-        width = config.micro_batch_tokens or config.max_length
+        way, roles, pairs = self.way(trainer=True), self.roles([], ["policy" if kind == "sft" else "reward"]), 1 + (kind == "reward")
+        longest = pairs * min(config.max_length, math.ceil(min(count.longest, 1e9)))  # of a pair both answers, each with the prompt, go together
+        micro, largest = self.micro_batch(config, way, roles, longest)
         label = count.rows_are if units is None else weakest(count.rows_are, count.tokens_are, "estimated")
         few = f"{steps} steps are fewer than five times the {warmup} warm-up steps: use more data or epochs, or warmup_ratio: 0"
+        tokens, length = count.rows * count.tokens * passes, count.tokens / pairs
+        peak = memory.training(self.shape, way, largest, config.activation_checkpointing, logits=kind == "sft")
         return {"rows": count.rows, "tokens_per_row": count.tokens, "batch": batch, "steps": steps, "warmup": warmup,
-                "tokens": round(count.rows * count.tokens * passes), "batch_unit": unit,
+                "tokens": round(tokens), "batch_unit": unit, "micro_batch": micro, "roles": roles,
+                "flop": self.learning(tokens, length, float(kind == "sft"), config.activation_checkpointing), "read": 0.0,
                 "arithmetic": f"{n:,} {unit} x {config.epochs:g} epoch{'s' * (config.epochs != 1)} / {batch} a step ({whose})"
                               + (f", at most {config.max_steps} steps" if config.max_steps else ""),
                 "warnings": [few] * (steps < 5 * warmup),
-                "memory": self.memory(0, 1, training_tokens=width, checkpointing=config.activation_checkpointing),
+                "memory": self.held(roles, peak),
                 "labels": {"rows": count.rows_are, "tokens_per_row": count.tokens_are, "batch": label, "steps": label, "warmup": label,
                            "tokens": weakest(count.rows_are, count.tokens_are)}}
 
-    def sampling(self, config, prompts: Count, samples: int, forwards: float, frozen: int, trainable: int, **extra) -> dict:
-        """What the sampling stages share: `samples` answers, and `forwards` passes over each prompt and answer besides decoding."""
-        longest = min(samples, config.batch) * (min(config.max_prompt_tokens, math.ceil(min(prompts.longest, 1e9))) + config.max_new_tokens)
-        each = prompts.tokens + config.max_new_tokens
+    def sampling(self, config, prompts: Count, samples: int, forwards: float, frozen: list[str], trained: tuple = (), together: int = 1) -> dict:
+        """What the sampling stages share: `samples` answers, and `forwards` passes over each prompt and answer besides decoding. together: answers
+        of a prompt that are scored as one row."""
+        prompt = min(config.max_prompt_tokens, math.ceil(min(prompts.longest, 1e9)))
+        side_by_side, width, way = min(samples, config.batch), prompt + config.max_new_tokens, self.way()
+        each, roles = prompts.tokens + config.max_new_tokens, self.roles(frozen, list(trained))
         label = weakest(prompts.rows_are, "estimated")
-        return {"rows": prompts.rows, "tokens_per_row": prompts.tokens, "samples": samples,
-                "tokens": round(samples * each * (1 + forwards)),
-                "memory": self.memory(frozen, trainable, kv_tokens=longest, **extra), "warnings": [],
+        micro, largest = self.micro_batch(config, way, roles, width * together) if forwards else (None, 0)
+        peak = memory.training(self.shape, way, largest, False) if trained else memory.forward(self.shape, way, largest) + memory.mask(largest, way)
+        passes = samples * each * (1 + forwards)
+        # decoding reads the weights once a step, and what each sample has stored so far; 4-bit weights are unpacked: written and read again
+        weights = self.shape.weights(self.model.quantization, self.width) + (2 * self.shape.body * self.width if way.quantized else 0)
+        stored = (prompts.tokens + config.max_new_tokens / 2) * self.shape.kv(way.width)
+        read = samples * config.max_new_tokens * (weights / max(side_by_side, 1) + stored)
+        return {"rows": prompts.rows, "tokens_per_row": prompts.tokens, "samples": samples, "tokens": round(passes), "roles": roles,
+                "micro_batch": micro, "side_by_side": side_by_side, "flop": self.operations(passes, each), "read": read,
+                "memory": self.held(roles, peak, side_by_side * width, memory.decoding(self.shape, way, side_by_side, width, prompt)),
+                "warnings": [],
                 "labels": {"rows": prompts.rows_are, "tokens_per_row": prompts.tokens_are, "samples": prompts.rows_are, "tokens": label}}
 
     def demonstrations(self, config) -> Count:
@@ -317,8 +369,18 @@ class Planner:
         unit = f"packed sequences of {config.max_length:,} tokens" if units else "demonstrations"
         return self.training(config, "sft", count, unit, units)
 
+    def ranked(self, config, names: list[str] | None) -> Count:
+        """Pairs that a reward model learns from: with the safety loss without those that prefer an unsafe answer (as reward.train); all of them
+        where the rows are not here."""
+        count = self.train(names)
+        if not config.safety_loss_weight or not names:
+            return count
+        if not self.data.split or any(n.startswith("@") for n in names):
+            return count._replace(rows_are=weakest(count.rows_are, "declared"))
+        return count_items([p for n in names for p in self.data.split(n).train if not p.unsafe_preferred])
+
     def reward(self, config) -> dict:
-        own, other = self.train(config.own), self.train(config.other)
+        own, other = (self.ranked(config, names) for names in (config.own, config.other))
         rows = [fraction_rows(n, config.fraction) for n in mixed_rows(own.rows, other.rows, config.own_share)]
         both = [c._replace(rows=n) for c, n in zip((own, other), rows, strict=True) if n]
         row = self.training(config, "reward", total(both) if both else own, "pairs")
@@ -329,13 +391,14 @@ class Planner:
         """Answers of a pool are not decoded, but pass through both reward models like those sampled."""
         prompts, k = self.prompts(config), config.samples_per_prompt
         swept = self.swept(config, prompts.rows)
-        row = self.sampling(config, prompts, (prompts.rows + swept) * k, 2, 3, 0)
+        row = self.sampling(config, prompts, (prompts.rows + swept) * k, 2, ["policy", *SCORERS], together=k)
         note = f"{prompts.rows:,} prompts x {k} samples, scored by two models; answers at most {config.max_new_tokens} tokens"
         if swept:
             note += f"; {swept * k:,} samples more to choose among {len(config.temperature)} temperatures"
         pooled = sum(self.pooled(n)[1] for n in config.pool)
         if pooled:
-            row["tokens"] += round(2 * pooled * (prompts.tokens + config.max_new_tokens))
+            anew = 2 * pooled * (prompts.tokens + config.max_new_tokens)
+            row |= {"tokens": row["tokens"] + round(anew), "flop": row["flop"] + self.operations(anew, prompts.tokens + config.max_new_tokens, 0)}
             row["labels"]["tokens"] = weakest(row["labels"]["tokens"], "estimated")
             note += f"; {pooled:,} earlier answers scored anew"
         if not prompts.rows:
@@ -344,7 +407,7 @@ class Planner:
 
     def distill(self, config) -> dict:
         prompts, k = self.prompts(config), config.samples_per_prompt
-        row = self.sampling(config, prompts, prompts.rows * k * 3, 2, 3, 0)
+        row = self.sampling(config, prompts, prompts.rows * k * 3, 2, ["policy", *SCORERS], together=k)
         return row | {"note": f"at most {prompts.rows:,} adversarial prompts x {k} samples without a preprompt, with a generic one and with an answer "
                               f"template, scored by two models; answers at most {config.max_new_tokens} tokens"}
 
@@ -357,7 +420,8 @@ class Planner:
     def redteam(self, config) -> dict:
         """As if no attack succeeded: then every turn and every rewrite is sent."""
         attacks, models, tries = self.attacks(config), len(config.models), 1 + (config.rewrites if config.attacker else 0)
-        row = self.sampling(config, attacks, attacks.rows * models * tries * config.turns, 2, models + 2 + bool(config.attacker), 0)
+        row = self.sampling(config, attacks, attacks.rows * models * tries * config.turns, 2,
+                            [*compared(config), *SCORERS, *["attacker"] * bool(config.attacker)])
         row["labels"]["samples"] = "estimated"
         rewrites = f", and as many for each of {config.rewrites} rewrites" if config.attacker else ""
         return row | {"note": f"{models} models x {config.budget:,} attacks of at most {config.turns} messages{rewrites}; answers at most "
@@ -365,7 +429,7 @@ class Planner:
 
     def gatt(self, config) -> dict:
         rows, k = self.instructed(config), config.samples_per_prompt
-        row = self.sampling(config, rows, rows.rows * k, 0, 1, 0)
+        row = self.sampling(config, rows, rows.rows * k, 0, ["policy"])
         turns = "" if config.context == "original" else "; every earlier turn is answered too, which is not counted"
         return row | {"note": f"{rows.rows:,} dialogues with an instruction x {k} answers to the last turn, at most {config.max_new_tokens} tokens{turns}"}
 
@@ -374,28 +438,31 @@ class Planner:
         turns = sorted({*config.turns})
         tokens = sum(min((t - 1) * config.max_filler_tokens + 40, config.max_prompt_tokens) for t in turns) / len(turns)
         count = Count(config.dialogues * len(turns), tokens, "counted", "estimated")
-        row = self.sampling(config, count, count.rows * len(config.models), 0, len(config.models), 0)
+        row = self.sampling(config, count, count.rows * len(config.models), 0, compared(config))
         forms = f"; the forms come on top, {config.constraint_dialogues} dialogues each" * bool(config.constraint_dialogues)
         return row | {"note": f"{len(config.models)} models x {config.dialogues:,} dialogues asked at turns {', '.join(map(str, turns))}{forms}"}
 
     def collect(self, config) -> dict:
         prompts, scored = self.prompts(config), 2 if config.helpfulness else 0
-        row = self.sampling(config, prompts, prompts.rows * 2, scored, len(set(config.policies)) + scored, 0)
+        row = self.sampling(config, prompts, prompts.rows * 2, scored, [*dict.fromkeys(config.policies), *SCORERS[:scored]], together=2)
         return row | {"note": f"{prompts.rows:,} prompts x 2 answers for annotators to compare{', scored by two models' * bool(scored)}; "
                               f"answers at most {config.max_new_tokens} tokens"}
 
     def annotations(self, config) -> dict:
         count = self.made(config.tasks[1:])
-        return {"rows": count.rows, "tokens_per_row": count.tokens, "memory": self.memory(0, 0) | {"base": 0, "total": 0}, "warnings": [],
+        return {"rows": count.rows, "tokens_per_row": count.tokens, "memory": self.nothing(), "warnings": [],
                 "labels": {"rows": count.rows_are, "tokens_per_row": count.tokens_are},
                 "note": f"waits for {', '.join(config.annotations)}; at most one pair a task"}
 
     def ppo(self, config) -> dict:
-        """Passes besides decoding: reference, two reward models, critic; then policy and critic in training."""
+        """Passes besides decoding: reference, two reward models, critic, and the policy again where the sampler's log-probabilities are not the
+        trainer's (as rlhf.ppo); then policy and critic in training, a role at a time."""
         prompts, samples = self.prompts(config), config.iterations * config.batch_size
-        steps = config.iterations * math.ceil(config.batch_size / config.mini_batch_size)
-        width = config.micro_batch_tokens or config.max_prompt_tokens + config.max_new_tokens
-        row = self.sampling(config, prompts, samples, 6, 3, 2, training_tokens=width)
+        steps = config.iterations * math.ceil(config.batch_size / config.mini_batch_size) * config.passes
+        again = self.width < 4 or self.model.quantization != "none" or config.entropy or config.engine != "ours"
+        row = self.sampling(config, prompts, samples, 4 + again + 2 * config.passes, ["reference", *SCORERS], ("policy", "critic"))
+        each = prompts.tokens + config.max_new_tokens
+        row["flop"] += 2 * config.passes * (self.learning(samples * each, each, 0.5, False) - self.operations(samples * each, each, 0.5))
         row["labels"] |= {"samples": "counted", "steps": "counted", "batch": "counted"}
         wanted = samples // config.samples_per_prompt
         if wanted > prompts.rows:
@@ -409,24 +476,67 @@ class Planner:
         count = total([self.made(n[1:]) if n.startswith("@") else self.data.held_out(n) if config.held_out else self.data.everything(n) for n in names])
         count = count._replace(rows=min(count.rows, config.rows or count.rows))
         models, samples = len(config.models), count.rows * config.samples_per_prompt * len(config.models)
-        row = self.sampling(config, count, samples, 3, models + 2, 0)
+        row = self.sampling(config, count, samples, 3, [*compared(config), *SCORERS], together=config.samples_per_prompt)
         which = "held-out prompts" if config.held_out else "prompts"
         return row | {"note": f"{models} models x {count.rows:,} {which} x {config.samples_per_prompt}, scored by two models"}
 
+    def asked(self, config) -> Count:
+        """The prompts of a benchmark: held-out ones, or all."""
+        return total([self.made(n[1:]) if n.startswith("@") else self.data.held_out(n) if config.held_out else self.data.everything(n)
+                      for n in config.prompts])
+
+    def bold(self, config) -> dict:
+        """As if no group were left out. A classifier's own weights are not counted: the plan does not know their shape."""
+        count = self.asked(config)
+        count = count._replace(rows=min(count.rows, config.rows or count.rows))
+        samples = count.rows * config.samples_per_prompt * len(config.models)
+        row = self.sampling(config, count, samples, 0, compared(config))
+        classifier = f"; {config.classifier} besides, which is not counted" if config.classifier else ""
+        return row | {"note": f"{len(config.models)} models x {count.rows:,} prompts x {config.samples_per_prompt}, answers at most "
+                              f"{config.max_new_tokens} tokens{classifier}"}
+
+    def diversity(self, config) -> dict:
+        count, temperatures = self.asked(config), len({*config.temperature})
+        samples = count.rows * temperatures * config.samples_per_prompt * len(config.models)
+        scorers = SCORERS if config.helpfulness else []
+        row = self.sampling(config, count, samples, len(scorers), [*compared(config), *scorers], together=config.samples_per_prompt)
+        return row | {"note": f"{len(config.models)} models x {count.rows:,} prompts x {temperatures} temperatures x {config.samples_per_prompt}"
+                              f"{', scored by two models' * bool(scorers)}"}
+
+    def lm_eval(self, config) -> dict:
+        """One model at a time, merged and unquantized, read by the harness; its tasks' rows are not known here."""
+        size = self.shape.parameters * self.width
+        texts = memory.forward(self.shape, memory.Way(self.width), config.batch * 1024) + 8 * config.batch * 1024 * self.shape.vocab
+        held = self.nothing() | {"base": size, "activations": texts, "total": size + texts}
+        return {"memory": held, "warnings": [], "labels": {}, "roles": [],
+                "note": f"{len(config.models)} models, one after the other, on {', '.join([*config.tasks, *config.task_files])}; "
+                        f"{config.batch} requests side by side, of 1,024 tokens in this count"}
+
+    def nothing(self) -> dict:
+        return dict.fromkeys(self.held([]), 0.0)
+
     def directions(self, config) -> dict:
-        return {"memory": self.memory(0, 0) | {"base": 0, "total": 0}, "warnings": [], "labels": {}, "note": "reads what finished sections stored"}
+        return {"memory": self.nothing(), "warnings": [], "labels": {}, "note": "reads what finished sections stored"}
 
     def export(self, config) -> dict:
         """The model is merged a matrix at a time in the width it is stored in; the unmerged one is gone by then."""
         size = self.shape.parameters * (4 if config.dtype == "float32" else 2)
         note = f"{size / 1e9:,.2f} GB on disk, {config.dtype}"
-        return {"memory": self.memory(0, 0) | {"base": size, "total": size}, "note": note, "warnings": [], "labels": {}}
+        return {"memory": self.nothing() | {"base": size, "total": size}, "note": note, "warnings": [], "labels": {}}
 
     def row(self, name: str) -> dict:
         config = self.recipe.stages[name]
-        made = PLANS[config.stage](self, config) if config.stage in PLANS else {"warnings": [], "labels": {}, "memory": self.memory(1, 0)}
+        made = PLANS[config.stage](self, config)
         made["labels"] |= {"memory": "estimated", "parameters": self.label, "lora_parameters": self.label}
-        return {"section": name, "kind": config.stage, "parameters": self.shape.parameters, "lora_parameters": self.lora, **made}
+        return {"section": name, "kind": config.stage, "parameters": self.shape.parameters, "lora_parameters": self.lora, "roles": [], **made}
+
+
+SCORERS = ["helpfulness", "safety"]
+
+
+def compared(config) -> list[str]:
+    """The models a section compares. The base itself is shared by all adapters."""
+    return [name for name, ref in config.models.items() if ref != "base"]
 
 
 def gigabytes(gpu: str | float | None) -> float | None:
@@ -442,110 +552,37 @@ def gigabytes(gpu: str | float | None) -> float | None:
 def plan(recipe: cfg.Recipe, gpu: str | float | None = None, sections: list[str] | None = None) -> list[dict]:
     """One dict a section, parents first; with `sections`, only those.
 
-    Keys: section, kind, parameters, lora_parameters, and where they apply rows, tokens_per_row, batch, steps, warmup, samples, tokens
-    (through the model, each forward pass once), memory (bytes: base, roles, optimizer, decoder, kv_cache, activations, total), note,
-    arithmetic, warnings; labels says of each number whether it is counted, declared or estimated. gpu: memory to compare with, adds `fits`.
+    Keys: section, kind, parameters, lora_parameters, roles (parameters, and bytes of weights, gradients and optimizer, of each), and where they
+    apply rows, tokens_per_row, batch, steps, warmup, samples, side_by_side, micro_batch, tokens (through the model, each forward pass once), flop,
+    memory (bytes: base, roles, optimizer, decoder, gradients, activations, kv_cache, decoding, and their peak as total), note, arithmetic, warnings;
+    labels says of each number whether it is counted, declared or estimated. gpu: what to compare with (cards.parse), None: the GPU present; adds
+    gpu, fits, headroom (bytes) and seconds (least, most).
     """
+    from posttrain import plan_cures
+
     names = [n for n in cfg.order(recipe) if sections is None or n in sections]
-    planner, room = Planner(recipe), gigabytes(gpu)
+    card = cards.present() if gpu is None else cards.parse(gpu)
+    planner = Planner(recipe, card)
     rows = [planner.row(n) for n in names]
     for row in rows:
         row |= {"run": recipe.run.name, "recipe": recipe.path}
         row |= {"model": recipe.model.name_or_path, "quantization": recipe.model.quantization}
-        if room is not None:
-            row["gpu"] = room
-            memory = row["memory"]
-            row["fits"] = memory["total"] - memory["decoder"] + RESERVE <= room * 1e9  # the copy is made only where there is room
+        if card is not None:
+            row |= {"gpu": card, "headroom": headroom(row["memory"], card)}
+            row["fits"] = row["headroom"] >= 0
+            row["seconds"] = cards.seconds(card, row.get("flop", 0.0), row.get("read", 0.0))
             if not row["fits"]:
-                row["warnings"].append(_too_big(row, room))
+                row["warnings"].append(plan_cures.too_big(planner, row, card))
     return rows
 
 
-def _too_big(row: dict, room: float) -> str:
-    memory = row["memory"]
-    largest = max((u for u in USES if u != "decoder"), key=memory.get)
-    cure = {"base": "quantization: nf4", "roles": "adapters (model.lora)", "optimizer": "adapters (model.lora)",
-            "kv_cache": "a lower batch or max_new_tokens",
-            "activations": "activation_checkpointing: true, or a lower micro_batch_tokens"}[largest]
-    return (f"about {memory['total'] / 1e9:.1f} GB and {RESERVE / 1e9:.0f} GB for the driver do not fit {room:g} GB; "
-            f"most is {largest.replace('_', ' ')}: try {cure}")
-
-
-# -- the page ----------------------------------------------------------------------------------------------------------------------
-
-
-def short(value: float) -> str:
-    """15011 -> '15,011', 5704180 -> '5.70 M', 6.74e9 -> '6.74 B'."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:.2f} {letter}"
-    return f"{value:,.0f}"
-
-
-def _labelled(row: dict, key: str, form=short) -> str:
-    return f"{form(row[key])} {row['labels'].get(key, '')}".rstrip() if row.get(key) is not None else "-"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, ["-" * w for w in widths], *rows]]
-
-
-def render(rows: list[dict]) -> str:
-    """The plan as text for a terminal."""
-    if not rows:
-        return "Nothing to plan."
-    first = rows[0]
-    trained = f"{short(first['lora_parameters'])} in an adapter" if first["lora_parameters"] else "all of them trained"
-    model = f"Model {first['model']}: {short(first['parameters'])} parameters, {trained} ({first['labels']['parameters']})"
-    lines = [f"Plan of {first['run']} ({first['recipe']})", f"{model}; quantization {first['quantization']}", "", *_numbers_table(rows), ""]
-    for r in rows:
-        said = "; ".join(r[k] for k in ("note", "arithmetic") if r.get(k))
-        lines += [f"{r['section']}: {said}"] * bool(said)
-    lines += ["", *_memory_table(rows), "", *_totals(rows)]
-    warnings = [f"warning: {r['section']}: {w}" for r in rows for w in r["warnings"]]
-    return "\n".join(lines + ["", *warnings] * bool(warnings))
-
-
-def _numbers_table(rows: list[dict]) -> list[str]:
-    def plain(row: dict, key: str) -> str:
-        return f"{row[key]:,}" if row.get(key) is not None else "-"
-
-    return _table(["section", "kind", "rows", "tokens a row", "samples", "batch", "steps", "warm-up", "tokens through the model"], [
-        [r["section"], r["kind"], *(_labelled(r, k) for k in ("rows", "tokens_per_row", "samples")), plain(r, "batch"),
-         _labelled(r, "steps"), plain(r, "warmup"), _labelled(r, "tokens")] for r in rows])
-
-
-def _unit(rows: list[dict]) -> tuple[float, str]:
-    """The unit that suits the largest section."""
-    return (1e9, "GB") if max(r["memory"]["total"] for r in rows) >= 1e8 else (1e6, "MB")
-
-
-def _memory_table(rows: list[dict]) -> list[str]:
-    uses = (*USES, "total")
-    size, unit = _unit(rows)
-    fits = [f"fits {rows[0]['gpu']:g} GB"] if "fits" in rows[0] else []
-    table = _table([f"memory in {unit} (estimated)", *(u.replace("_", " ") for u in uses), *fits], [
-        [r["section"], *(f"{r['memory'][u] / size:.2f}" for u in uses), *(["yes" if r.get("fits") else "no"] * len(fits))] for r in rows])
-    return [*table, "base: the frozen weights that all adapters share; roles: the models or adapters a section holds; decoder: a merged",
-            "copy to decode with, made where there is room; decoding and training take turns: the larger of their memories counts"]
-
-
-def _totals(rows: list[dict]) -> list[str]:
-    def added(key: str) -> tuple[float, str]:
-        having = [r for r in rows if r.get(key)]
-        return sum(r[key] for r in having), weakest("counted", *(r["labels"][key] for r in having))
-
-    names = {"steps": "optimizer steps", "samples": "samples", "tokens": "tokens through the model"}
-    said = [f"{short(added(k)[0])} {what} ({added(k)[1]})" for k, what in names.items() if added(k)[0]]
-    largest, (size, unit) = max(rows, key=lambda r: r["memory"]["total"]), _unit(rows)
-    whole = (f"In all: {', '.join(said) or 'nothing to train or sample'}; most memory in {largest['section']}, "
-             f"about {largest['memory']['total'] / size:.1f} {unit} (estimated).")
-    return [whole, "counted: from files and keys that are here; declared: rests on the recipe's expect; estimated: rests on 1.35 tokens",
-            "a word, answers at their longest, or even packing. A batch and a warm-up are what their steps are."]
+def headroom(memory: dict, card: cards.Card) -> float:
+    """Bytes of a card that stay free at a section's peak; negative: it does not fit. The merged copy to decode from is made only where there is room."""
+    return card.gigabytes * 1e9 - RESERVE - memory["total"] + memory["decoder"]
 
 
 PLANS = {"sft": Planner.sft, "reward": Planner.reward, "rejection": Planner.rejection, "collect": Planner.collect,
          "annotations": Planner.annotations, "ppo": Planner.ppo, "evaluate": Planner.evaluate, "distill": Planner.distill,
          "redteam": Planner.redteam, "gatt": Planner.gatt, "gatt_eval": Planner.gatt_eval,
+         "bold": Planner.bold, "diversity": Planner.diversity, "lm_eval": Planner.lm_eval,
          "directions": Planner.directions, "export": Planner.export}

@@ -19,7 +19,9 @@ STYLES = [  # colour, line, marker, whether the marker is filled
     ("#1f7a5c", "-.", "^", True),
     ("#7a3b8f", ":", "D", False),
     ("#4a5361", (0, (5, 1, 1, 1, 1, 1)), "v", True),
+    ("#9c2148", (0, (8, 2)), "P", False),
 ]
+HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "++++", "||||", "----")  # of areas; without one an area is filled
 UNSHOWN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # control characters and halves of surrogate pairs
 WIDTH, HEIGHT = 4.3, 2.75  # inches; small, so that the text is still readable when a phone scales the figure down
 RC = {
@@ -97,9 +99,11 @@ def _percent(axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{round(100 * v, 1):g} %".replace("-", "−")))
 
 
-def _legend(ax, columns: int = 3) -> None:
+def _legend(ax, columns: int = 3, always: bool = False) -> None:
+    """Above the axes, in as many columns as its words leave room for."""
     handles, labels = ax.get_legend_handles_labels()
-    if len(labels) > 1:
+    if len(labels) > 1 or always:
+        columns = min(columns, max(1, 44 // (max(map(len, labels), default=1) + 7)))
         ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.03), ncols=columns)
 
 
@@ -308,15 +312,9 @@ def plane(key: str, points: list[tuple[str, Dot, Dot]], x: str, y: str) -> str:
     """points: (name, horizontal value, vertical value) in order; arrows lead from each to the next."""
     def draw(fig):
         ax = fig.subplots()
-        for (_, ax0, ay0), (_, ax1, ay1) in pairwise(points):
-            ax.annotate("", (ax1.value, ay1.value), (ax0.value, ay0.value), zorder=2,
-                        arrowprops={"arrowstyle": "-|>", "color": SOFT, "linewidth": 0.9, "shrinkA": 6, "shrinkB": 6, "linestyle": "-"})
+        _arrows(ax, points)
         for i, (name, h, v) in enumerate(points):
-            colour, _, marker, filled = STYLES[i % len(STYLES)]
-            ax.hlines(v.value, _or(h.low, h.value), _or(h.high, h.value), color=colour, linewidth=1.0, alpha=0.7)
-            ax.vlines(h.value, _or(v.low, v.value), _or(v.high, v.value), color=colour, linewidth=1.0, alpha=0.7)
-            ax.plot([h.value], [v.value], marker=marker, markersize=6.5, color=colour, markerfacecolor=colour if filled else "white",
-                    linestyle="", zorder=4)
+            _point(ax, h, v, i)
             dx, dy = ((6, -11), (-6, 5), (6, 5), (-6, -11))[i % 4]  # so that equal points keep readable names
             ax.annotate(short(name, 18), (h.value, v.value), xytext=(dx, dy), textcoords="offset points", color=INK, fontweight="bold",
                         ha="left" if dx > 0 else "right", zorder=5)
@@ -324,6 +322,62 @@ def plane(key: str, points: list[tuple[str, Dot, Dot]], x: str, y: str) -> str:
         ax.set_xlabel(x)
         ax.set_ylabel(y)
     return figure_svg(key, draw)
+
+
+def planes(key: str, paths: dict[str, list[tuple[str, Dot, Dot]]], x: str, y: str) -> str:
+    """`plane` for several series of points, each with a style of its own: name -> its points in order."""
+    def draw(fig):
+        ax = fig.subplots()
+        for i, (series, points) in enumerate(paths.items()):
+            _arrows(ax, points)
+            dx, dy = ((6, -11), (-6, 5), (6, 5), (-6, -11))[i % 4]
+            for j, (name, h, v) in enumerate(points):
+                _point(ax, h, v, i, label=short(series, 30) if j == 0 else "")
+                ax.annotate(short(name, 18), (h.value, v.value), xytext=(dx, dy), textcoords="offset points", color=STYLES[i % len(STYLES)][0],
+                            ha="left" if dx > 0 else "right", zorder=5)
+        ax.margins(0.1)
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
+        _legend(ax, columns=4, always=True)
+    return figure_svg(key, draw, (8.6, 4.2))
+
+
+def _arrows(ax, points: list[tuple[str, Dot, Dot]]) -> None:
+    for (_, ax0, ay0), (_, ax1, ay1) in pairwise(points):
+        ax.annotate("", (ax1.value, ay1.value), (ax0.value, ay0.value), zorder=2,
+                    arrowprops={"arrowstyle": "-|>", "color": SOFT, "linewidth": 0.9, "shrinkA": 6, "shrinkB": 6, "linestyle": "-"})
+
+
+def _point(ax, h: Dot, v: Dot, style: int, label: str = "") -> None:
+    """A value across and one up, with their intervals."""
+    colour, _, marker, filled = STYLES[style % len(STYLES)]
+    ax.hlines(v.value, _or(h.low, h.value), _or(h.high, h.value), color=colour, linewidth=1.0, alpha=0.7)
+    ax.vlines(h.value, _or(v.low, v.value), _or(v.high, v.value), color=colour, linewidth=1.0, alpha=0.7)
+    ax.plot([h.value], [v.value], marker=marker, markersize=6.5, color=colour, markerfacecolor=colour if filled else "white",
+            linestyle="", zorder=4, label=label or None)
+
+
+def bars(key: str, rows: dict[str, dict[str, float]], x: str) -> str:
+    """A bar a row, the first at the top, made of its parts: row -> part -> amount. Parts differ by colour and by hatch; the row's sum stands at its
+    end."""
+    parts = list(dict.fromkeys(p for row in rows.values() for p, amount in row.items() if amount > 0))
+
+    def draw(fig):
+        ax, starts = fig.subplots(), dict.fromkeys(rows, 0.0)
+        for i, part in enumerate(parts):
+            colour, hatch = STYLES[i % len(STYLES)][0], HATCHES[i % len(HATCHES)]
+            ax.barh(list(range(len(rows))), [row.get(part, 0.0) for row in rows.values()], left=list(starts.values()), height=0.62, hatch=hatch,
+                    facecolor="none" if hatch else colour, edgecolor=colour, linewidth=0.8, label=short(part, 30))
+            starts = {name: start + rows[name].get(part, 0.0) for name, start in starts.items()}
+        for j, total in enumerate(starts.values()):
+            ax.annotate(f"{total:,.1f}", (total, j), xytext=(4, 0), textcoords="offset points", va="center", ha="left", color=INK)
+        ax.set_yticks(list(range(len(rows))), [short(name, 24) for name in rows])
+        ax.invert_yaxis()
+        ax.margins(x=0.12)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel(x)
+        _legend(ax, always=True)
+    return figure_svg(key, draw, (WIDTH, 1.3 + 0.32 * len(rows)))
 
 
 def grid(key: str, series: list[Line], x: str) -> str:

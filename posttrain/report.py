@@ -2,7 +2,7 @@
 
 Both read run folders only: no model, no data set, no torch. What is missing, unfinished, damaged or of an unknown kind is shown as
 such, never an error. report_views.py reads the folders, report_parts.py has a part for each stage kind, plots.py draws, and
-report.html.j2 is the page.
+report.html.j2 is the page. report_compare.py puts several runs side by side.
 """
 
 import base64
@@ -16,6 +16,7 @@ from pathlib import Path
 from posttrain import config as cfg
 from posttrain.log import duration
 from posttrain.plots import UNSHOWN
+from posttrain.report_directions import counted, directions_of
 from posttrain.report_evaluate import paired
 from posttrain.report_parts import FAULTS, PARTS, keys_of, other_part
 from posttrain.report_pieces import Part, some, table
@@ -184,8 +185,19 @@ def verdict(vs: list[View]) -> str:
 
 
 def checks(vs: list[View]) -> list[dict]:
-    return [{"name": word(c.get("name"), "unnamed check"), "met": c.get("met") is True, "detail": text_of(c.get("detail"))}
-            for v in vs if v.kind in ("evaluate", "gatt_eval") for c in rows_of(v.results.get("checks"))]
+    """Every check of the run's evaluations, the failed gates among them named as such, and one for each table of the paper's directions: that
+    something there is met and nothing is not met."""
+    out = []
+    for v in vs:
+        for c in rows_of(v.results.get("checks")) if v.kind in ("evaluate", "gatt_eval") else []:
+            met, gate = c.get("met") is True, word(c.get("gate"), "")
+            words = [text_of(c.get("detail")), f"the gate {gate} stops the run here" if gate and not met else ""]
+            out.append({"name": word(c.get("name"), "unnamed check"), "met": met, "detail": "; ".join(filter(None, words))})
+        if v.kind == "directions" and (rows := directions_of(v)):
+            counts = counted(rows)
+            out.append({"name": f"{plain(v.name)}: every direction of the paper that could be judged is met",
+                        "met": counts["met"] > 0 and not counts["not met"], "detail": ", ".join(f"{n} {status}" for status, n in counts.items())})
+    return out
 
 
 def part_of(v: View) -> str:
@@ -256,12 +268,20 @@ def summary(run: Run, vs: list[View]) -> list[str]:
     commits = list(dict.fromkeys(c for v in vs if (c := word(v.manifest.get("commit"), ""))))
     work = [f"{duration(seconds)} of work".replace(" ", GAP)] if seconds else []
     commit = [f"commit {listed(commits[:3])}"] if commits else []
-    return [f"base model {base_of(run, vs)}", *work, f"seed {run.recipe.run.seed}", *commit, f"written {time.strftime('%Y-%m-%d %H:%M')}"]
+    return [f"base model {base_of(run, vs)}", *work, f"seed {seed_of(run, vs)}", *commit, written()]
+
+
+def written() -> str:
+    return f"written {time.strftime('%Y-%m-%d %H:%M')}"
 
 
 def base_of(run: Run, vs: list[View]) -> str:
     names = [dig(v.manifest, "base", "name_or_path") for v in vs]
     return next((n for n in names if isinstance(n, str)), run.recipe.model.name_or_path)
+
+
+def seed_of(run: Run, vs: list[View]) -> int:
+    return next((int(n) for v in vs if (n := number(v.manifest.get("seed"))) is not None), run.recipe.run.seed)
 
 
 def script_hash(text: str) -> str:
@@ -278,22 +298,27 @@ def breakable(name: str):
 
 def render(run: Run, beside: list[Run] = ()) -> str:
     """The page as text. beside: runs whose reward models stand beside this run's, such as those of bases of other sizes."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                      trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"script_hash": script_hash, "breakable": breakable}
     vs, trouble = views(run), ""
     try:
         found = answers(vs)
     except FAULTS as e:
         found, trouble = None, f"The sampled answers can't be shown ({type(e).__name__}: {e})"
-    flow = boxes(run, vs)
-    page = env.get_template("report.html.j2").render(
-        title=run.recipe.run.name, verdict=verdict(vs), summary=summary(run, vs), stand_in=base_of(run, vs) == STAND_IN, checks=checks(vs),
-        boxes=flow, columns=-(-len(flow) // -(-len(flow) // 6)), parts=parts(vs, [v for other in beside for v in views_beside(other, "reward")]),
-        answers=found, trouble=trouble, provenance=provenance(vs), recipe=run.recipe.path)
-    return UNSHOWN.sub("\ufffd", page).strip() + "\n"
+    every = parts(vs, [v for other in beside for v in views_beside(other, "reward")])
+    return page(title=run.recipe.run.name, verdict=verdict(vs), summary=summary(run, vs), stand_in=base_of(run, vs) == STAND_IN, checks=checks(vs),
+                boxes=boxes(run, vs), lead=[p for p in every if p.id == "result"], parts=[p for p in every if p.id != "result"],
+                answers=found, trouble=trouble, provenance=provenance(vs), source=run.recipe.path)
+
+
+def page(*, boxes: list[dict] = (), checks: list[dict] = (), provenance: dict | None = None, source: str = "", **filled) -> str:
+    """report.html.j2 filled in. boxes: the pipeline of one run; lead and parts: Parts before and after the answers."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                      trim_blocks=True, lstrip_blocks=True)
+    env.filters |= {"script_hash": script_hash, "breakable": breakable}
+    text = env.get_template("report.html.j2").render(
+        boxes=boxes, columns=-(-len(boxes) // -(-len(boxes) // 6)) if boxes else 1, checks=checks, provenance=provenance, source=source, **filled)
+    return UNSHOWN.sub("\ufffd", text).strip() + "\n"
 
 
 def write(run: Run, beside: list[Run] = ()) -> Path:

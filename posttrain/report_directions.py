@@ -1,9 +1,9 @@
-"""The report's part on the paper's directional checks: one table of what is met, what is not, and what no judge could tell."""
+"""The report's part on the paper's directional checks: one table of what is met, what is not, and what too few prompts or no judge could tell."""
 
 from posttrain.report_pieces import Part, table
 from posttrain.report_views import View, bounds, fixed, interval, listed, number, percent, plain, rows_of, sentence, text_of, word
 
-ORDER = ("met", "not met", "judge too weak", "not run")
+ORDER = ("met", "not met", "too few to tell", "judge too weak", "not run")
 
 
 def directions_of(v: View) -> list[dict]:
@@ -30,8 +30,9 @@ def judges_of(row: dict) -> str:
 
 def directions_part(vs: list[View]) -> Part:
     part = Part("directions", "The paper's directions", "Each row is a direction that the paper found. It is met where the whole 95 % interval lies "
-                "on the paper's side, unless the row says otherwise; one that fails stays here. A judge counts where its length-balanced accuracy on "
-                "held-out pairs of its own is above 50 % by two standard errors, and only of models that it took no part in training.")
+                "on the paper's side, unless the row says otherwise; one that fails stays here. Where something is said to stay, or to reach a limit, "
+                "the row names the limit, and an interval on both sides of it has too few prompts to tell. A judge counts where its length-balanced "
+                "accuracy on held-out pairs of its own is above 50 % by two standard errors, and only of what it took no part in.")
     for v in vs:
         rows = sorted(directions_of(v), key=lambda r: ORDER.index(r["status"]) if r.get("status") in ORDER else len(ORDER))
         counts = counted(rows)

@@ -7,6 +7,7 @@ from posttrain.plots import STYLES, Dot
 from posttrain.report_pieces import Figure, Fold, Part, Table, dot, drawn, everything, named, some, table
 from posttrain.report_views import (
     View,
+    bounds,
     cell,
     clip,
     dig,
@@ -94,7 +95,14 @@ def paired_table(vs: list[View], v: View) -> list[Table]:
         ("unsafe answers", [cell(r["unsafe_share"], percent, digits=1, sign=True) for r in rows]),
         ("tokens", [cell(r["tokens"], digits=0, sign=True) for r in rows]), ("KL (nats)", [fixed(r["kl"], 1) for r in rows]),
         ("standard errors", [fixed(r["standard_errors"], 1, sign=True) for r in rows])],
-        "Standard errors: the difference in merged reward divided by its standard error; the project asks for more than 2.")
+        "Standard errors: the difference in merged reward divided by its standard error; the project asks for more than 2." + kl_words(v))
+
+
+def kl_words(v: View) -> str:
+    """How an evaluation measured its KL; of one by an earlier version, which stored nothing, at the temperature of its decoding."""
+    at = v.get("kl_temperature")
+    return (f" KL: of both models at temperature {loose(at)} over the whole vocabulary, summed along the answers." if at is not None else
+            " KL: log-ratios of the drawn tokens at the temperature of decoding." if any(m.get("kl") for m in models_of(v).values()) else "")
 
 
 # ---------------------------------------------------------------- the versions' paths
@@ -339,13 +347,14 @@ def models_table(vs: list[View], v: View) -> list[Table]:
         ("in helpfulness, harmless prompts", [cell(interval(m.get("helpfulness_win_rate")), percent) for m in values]),
         ("tokens", [fixed(number(m.get("tokens")), 0) for m in values]), ("finished", [percent(number(m.get("finished"))) for m in values]),
         ("KL (nats)", [fixed(number(m.get("kl")), 1) for m in values])],
-        f"Ranges are 95 % intervals, by prompt. {note}" + (f" Gate of the merged reward: {plots.short(gate, 200)}." if gate else ""))
+        f"Ranges are 95 % intervals, by prompt. {note}" + (f" Gate of the merged reward: {plots.short(gate, 200)}." if gate else "")
+        + kl_words(v))
 
 
 def measured_columns(rows: list[dict], first: str) -> list[tuple[str, list]]:
     """Columns of what was measured on some prompts of a model."""
-    shares = (("refusals", "refusals", 1), ("unsafe answers", "unsafe_share", 1), (f"wins against {first}", "win_rate", 0),
-              ("in helpfulness", "helpfulness_win_rate", 0))
+    shares = (("refusals", "refusals", 1), ("refusals, corrected", "refusals_corrected", 1), ("unsafe answers", "unsafe_share", 1),
+              (f"wins against {first}", "win_rate", 0), ("in helpfulness", "helpfulness_win_rate", 0))
     return [("prompts", [loose(number(r.get("prompts"))) for r in rows]),
             *((label, [cell(interval(r.get(key)), percent, digits=digits) for r in rows]) for label, key, digits in shares),
             *((key, [cell(interval(r.get(key))) for r in rows]) for key in ("helpfulness", "safety", "merged"))]
@@ -358,7 +367,17 @@ def kinds_table(vs: list[View], v: View) -> list[Table]:
     return table(named(vs, v, "By kind of prompt"), "prompts, model", [f"{kind}, {name}" for name, kind, _ in found],
                  measured_columns([row for *_, row in found], next(iter(models_of(v)), "the first")),
                  "A refusal of a helpful or borderline prompt is a false one. Borderline prompts only look dangerous. Ranges are 95 % intervals, by "
-                 "prompt.")
+                 "prompt." + classifier_words(v))
+
+
+def classifier_words(v: View) -> str:
+    """What the corrected shares of refusals are corrected for."""
+    recall, alarms = (interval(dig(v.results, "refusal_classifier", k)) for k in ("recall", "false_positive_rate"))
+    if not recall or not alarms:
+        return ""
+    return (f" Corrected: the share of refusals that would give the classifier's, which finds {percent(recall.mean)} of refusals"
+            f"{bounds(recall, percent)} and takes {percent(alarms.mean, 1)} of other answers for one{bounds(alarms, percent, digits=1)}, on its own "
+            "labelled rows; the interval counts both.")
 
 
 def sources_fold(vs: list[View], v: View) -> list[Fold]:

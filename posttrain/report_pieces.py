@@ -7,6 +7,8 @@ from posttrain import plots
 from posttrain.plots import Dot
 from posttrain.report_views import Interval, View, cell, dig, fixed, interval, listed, loose, plural, sentence, text_of
 
+LONG_CELL = 60  # characters from which a cell is text to read
+
 
 @dataclass
 class Figure:
@@ -25,6 +27,11 @@ class Table:
     rows: list[list]
     note: str = ""
 
+    @property
+    def texts(self) -> set[int]:
+        """Places of the columns that hold texts to read."""
+        return {i for row in self.rows for i, c in enumerate(row) if isinstance(c, str) and len(c) > LONG_CELL}
+
 
 @dataclass
 class Fold:
@@ -33,6 +40,11 @@ class Fold:
     summary: str
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+
+    @property
+    def prose(self) -> bool:
+        """Whether its tables hold texts and not numbers alone."""
+        return any(t.texts for t in self.tables)
 
 
 @dataclass
@@ -60,7 +72,7 @@ def named(vs: list[View], v: View, text: str) -> str:
     return f"{text} ({v.name})" if len(vs) > 1 else text
 
 
-def table(caption: str, first: str, names: list[str], columns: list[tuple[str, list]], note: str = "") -> list[Table]:
+def table(caption: str, first: str, names: list, columns: list[tuple[str, list]], note: str = "") -> list[Table]:
     """A table with a row a name; a column without any value is left out, and the table with it when none is left."""
     columns = [(head, cells) for head, cells in columns if any(c not in ("–", None) for c in cells)]
     rows = [[name, *(cells[i] for _, cells in columns)] for i, name in enumerate(names)]

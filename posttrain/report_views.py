@@ -269,16 +269,20 @@ def look(folder: Path, name: str, kind: str) -> View:
 
 
 def views(run: Run) -> list[View]:
-    """Every section of the recipe, parents first, then finished folders the recipe no longer names."""
+    """Every section of the recipe, parents first, then finished folders the recipe no longer names. A run known by its folder alone (no stages): its
+    sections in the order in which they began."""
     out = [look(run.folder / n, n, run.recipe.stages[n].stage) for n in cfg.order(run.recipe)]
     known = {v.name for v in out}
     others = sorted(p.parent for p in run.folder.glob("*/manifest.json")) if run.folder.is_dir() else []
     for folder in others:
         if folder.name not in known and not folder.name.startswith("."):
             view = look(folder, folder.name, "unknown")
-            view.notes.append("the recipe no longer has this section")
-            view.gone = True
+            if run.recipe.stages:
+                view.notes.append("the recipe no longer has this section")
+                view.gone = True
             out.append(view)
+    if not run.recipe.stages:
+        out.sort(key=lambda v: word(v.manifest.get("started"), "~"))
     for view in out:
         view.run = out
     return out

@@ -2,7 +2,8 @@
 
 runs/<run>/<section>/ holds config.yaml, manifest.json, metrics.jsonl, samples.jsonl, checkpoints, the output and DONE, which is
 written last and atomically. A section is skipped when DONE names its fingerprint: the hash of everything that can change its
-result (its configuration, the model, the rows of its data, its parents' fingerprints, the seed).
+result (its configuration, the model, the rows of its data, its parents' fingerprints, the seed). A finished section's manifest has the
+checksum of every file: one that is no longer what was written is named before anything reads it.
 """
 
 import fcntl
@@ -16,17 +17,21 @@ import time
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from posttrain import config as cfg
-from posttrain import distributed
+from posttrain import distributed, stopping
 from posttrain.errors import PosttrainError
 from posttrain.log import Log, duration, say
 from posttrain.stages import STAGES, load_module
 
 FORMAT = 1  # of the run folder; raised when an older folder can no longer be continued
+LEFTOVERS = ("checkpoint-*", "best-*", "*.tmp")  # what a finished section no longer needs
+UNCHECKED = {"manifest.json", "DONE", "README.md", "tasks.csv"}  # they check themselves; a person edits or fills them in
+LARGE = 64 << 20  # bytes: larger files of a section that is only skipped are checked by their size
 NOT_PART_OF_THE_RESULT = {"save_steps", "save_total_limit"}
 
 
@@ -59,6 +64,22 @@ def read_json(path: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise PosttrainError(str(path), f"damaged ({e})", "the JSON this program wrote",
                              "Delete the section's folder; it will be made again.") from None
+
+
+def read_manifest(folder: Path) -> dict:
+    """A section's manifest, {} where there is none. Raises PosttrainError where it is not what was written, or of a format that is not FORMAT."""
+    path = folder / "manifest.json"
+    manifest = read_json(path)
+    written = manifest.pop("sha256", None) if isinstance(manifest, dict) else ""  # absent in folders of earlier versions
+    if (written is not None and written != digest(manifest)) or (path.exists() and not manifest):
+        raise PosttrainError(str(path), "damaged (it is not what was written)", "the JSON this program wrote",
+                             "Put a copy of it back, or delete the section's folder; it will be made again.")
+    found = manifest.get("inputs", {}).get("format", FORMAT)
+    if found != FORMAT:
+        by = f" with the version that began it{f' (commit {commit})' if (commit := manifest.get('commit')) else ''}"
+        raise PosttrainError(str(folder), f"a run folder of format {found}, {'newer' if found > FORMAT else 'older'} than this program's",
+                             f"format {FORMAT}", f"Go on{by}, or set run.name=OTHER and run it anew.")
+    return manifest
 
 
 def digest(value) -> str:
@@ -183,8 +204,46 @@ class Section:
         self.manifest.setdefault("inexact_because", []).append(why)
         self.save_manifest()
 
+    def same_processes(self) -> None:
+        """Additions over another number of processes round differently."""
+        if (before := self.decide("processes", distributed.world)) != distributed.world():
+            self.inexact(f"begun with {before} process(es), it goes on with {distributed.world()}")
+
     def save_manifest(self) -> None:
-        write_json(self.folder / "manifest.json", self.manifest)
+        as_read = json.loads(json.dumps(self.manifest))
+        write_json(self.folder / "manifest.json", as_read | {"sha256": digest(as_read)})
+
+    def checksums(self) -> dict[str, list]:
+        """{name: [bytes, sha256]} of every file that must stay as it is, now that all are written."""
+        found = sorted((Path(at) / name).relative_to(self.folder) for at, _, names in os.walk(self.folder) for name in names)
+        kept = [p for p in found if p.name not in UNCHECKED and not any(fnmatch(p.parts[0], pattern) for pattern in LEFTOVERS)]
+        return {str(p): [(self.folder / p).stat().st_size, file_digest(self.folder / p)] for p in kept}
+
+    def damage(self, whole: bool) -> list[tuple[Path, str]]:
+        """The files of a finished section that are not what was written, and what is wrong with them. whole: read large ones too."""
+        out = []
+        for name, (size, told) in read_manifest(self.folder).get("files", {}).items():
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found is None or found != size:
+                out.append((path, "missing" if found is None else "empty" if not found else f"damaged ({found} bytes of {size})"))
+            elif (whole or size <= LARGE) and file_digest(path) != told:
+                out.append((path, "damaged (its checksum differs)"))
+        return out
+
+    def check_files(self, whole: bool = False) -> None:
+        """Raise PosttrainError for a file of this finished section that is missing or not what was written. whole: read large ones too."""
+        if bad := distributed.from_main(lambda: self.damage(whole)):
+            (path, what), more = bad[0], f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+            raise PosttrainError(str(path), f"{what}{more}", "the file its section wrote",
+                                 f"Put a copy of it back; or delete it and {self.folder / 'DONE'}: the section makes again what is absent.")
+
+    def mended(self) -> bool:
+        """Whether DONE alone is damaged, and every other file what the finished section wrote: it is written again then."""
+        if not (self.folder / "DONE").exists() or not self.manifest.get("files") or self.damage(whole=True):
+            return False
+        write_atomic(self.folder / "DONE", self.fingerprint + "\n")
+        return True
 
     def inputs(self) -> dict:
         """Everything that can change the result, flat, so that a change can be named."""
@@ -199,6 +258,7 @@ class Section:
             out |= self.run.model_inputs(value)
         for names in cfg.fields_referring_to(self.config, "file").values():
             out |= {f"{n}: files": file_digest(self.file(n)) for n in names}
+        out |= {f"{p.name}: files": file_digest(p) for p in self.config.resources()}
         for ref in dict.fromkeys(cfg.references(self.config.model_dump())):
             out[f"section {ref}"] = self.run.section(ref).fingerprint
         return out
@@ -209,7 +269,7 @@ class Section:
 
     def state(self) -> str:
         """'done', 'changed', 'started' or 'new'."""
-        manifest = read_json(self.folder / "manifest.json")
+        manifest = read_manifest(self.folder)
         if not manifest:
             return "new"
         if manifest.get("fingerprint") != self.fingerprint:
@@ -234,6 +294,7 @@ class Section:
         write_json(self.folder / "results.json", results)
         self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S")
         self.manifest["seconds"] = round(self.manifest.get("seconds", 0) + time.time() - self.run.clock, 1)
+        self.manifest["files"] = distributed.from_main(self.checksums)
         self.save_manifest()
         write_atomic(self.folder / "DONE", self.fingerprint + "\n")
         self.drop_leftovers()
@@ -241,7 +302,7 @@ class Section:
 
     def drop_leftovers(self) -> None:
         """A finished section's checkpoints and half-written folders: its output holds what is needed."""
-        for pattern in ("checkpoint-*", "best-*", "*.tmp") if distributed.is_main() else ():
+        for pattern in LEFTOVERS if distributed.is_main() else ():
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -265,7 +326,7 @@ class Run:
     def section(self, name: str) -> Section:
         if name not in self._sections:
             section = Section(self, name, self.recipe.stages[name])
-            section.manifest = read_json(section.folder / "manifest.json")
+            section.manifest = read_manifest(section.folder)
             self._sections[name] = section
         return self._sections[name]
 
@@ -289,7 +350,7 @@ class Run:
         return Split(train=train, held_out=held_out, kind=loaded.kind, counts=counts)
 
     def data_inputs(self, name: str) -> dict:
-        entries = [e.model_dump(exclude={"expect"}) for e in self.recipe.data_sets[name]]
+        entries = [{k: v for k, v in e.items() if k != "expect"} for e in self.recipe.entries_as_written(name)]
         split = self.data.split(name)
         return {**flatten(f"data.{name}", entries),
                 f"data.{name}: rows in training": digest([vars(i) for i in split.train]),
@@ -338,9 +399,13 @@ class Run:
             if kept.exists():
                 kept.rename(section.folder)
             section.__dict__.pop("log", None)
-            section.manifest = read_json(section.folder / "manifest.json")
+            section.manifest = read_manifest(section.folder)
         section.folder.mkdir(parents=True, exist_ok=True)
         if not section.manifest:
+            if left := sorted(p.name for p in section.folder.iterdir() if not p.name.endswith(".tmp")):
+                raise PosttrainError(str(section.folder / "manifest.json"), f"missing, though its folder holds {', '.join(left[:3])}",
+                                     "the manifest that says what these files are", "Put a copy of it back, or delete the section's folder; it will be "
+                                     "made again.")
             section.manifest = {
                 "kind": section.kind, "section": section.name, "fingerprint": section.fingerprint, "inputs": section.inputs(),
                 "parents": {r: self.section(r).fingerprint for r in dict.fromkeys(cfg.references(section.config.model_dump()))},
@@ -349,8 +414,12 @@ class Run:
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "exact": True, **provenance(),
             }
             section.save_manifest()
-            write_atomic(section.folder / "config.yaml", cfg.dump_yaml(
-                {"section": section.name, "model": self.recipe.model.model_dump(), "stage": section.config.model_dump()}))
+        config = cfg.dump_yaml({"section": section.name, "model": self.recipe.model.model_dump(), "stage": section.config.model_dump()})
+        path = section.folder / "config.yaml"
+        if section.state() != "done" and (not path.exists() or path.read_bytes() != config.encode()):
+            if path.exists():
+                say("  config.yaml is not what the recipe says: it is written again")
+            write_atomic(path, config)
         return section.manifest
 
 
@@ -385,18 +454,31 @@ def provenance() -> dict:
 
 
 @contextmanager
-def _disk_faults(section: Section):
-    """Tell a full or unwritable disk as one of our errors; torch and safetensors meet it with errors of their own."""
+def _machine_faults(section: Section):
+    """Tell a full or unwritable disk, and a GPU without memory, as one of our errors; torch and safetensors meet them with errors of their own."""
     try:
         yield
     except Exception as e:
+        if isinstance(e, PosttrainError):
+            raise
         why = e.strerror if isinstance(e, OSError) and e.errno in (28, 122, 30, 13) else None
         if any(words in str(e) for words in ("os error 28", "PytorchStreamWriter failed", "unexpected pos")):
             why = "No space left on device"
-        if why is None or isinstance(e, PosttrainError):
-            raise
-        raise PosttrainError(str(section.folder), f"cannot be written ({why})", "room on a writable disk",
-                             "Free some space and run the same command again; nothing finished is lost.") from e
+        if why:
+            raise PosttrainError(str(section.folder), f"cannot be written ({why})", "room on a writable disk",
+                                 "Free some space and run the same command again; nothing finished is lost.") from e
+        if type(e).__name__ == "OutOfMemoryError":  # torch's; torch is not imported here
+            raise _no_memory(section, str(e)) from e
+        raise
+
+
+def _no_memory(section: Section, words: str) -> PosttrainError:
+    keys = [k for k in ("micro_batch_tokens", "batch", "max_length", "max_new_tokens", "max_prompt_tokens") if hasattr(section.config, k)]
+    more = "set activation_checkpointing: true, " if getattr(section.config, "activation_checkpointing", True) is False else ""
+    lower = f"Lower {' or '.join(keys)}, " if keys else "Take a smaller model, "
+    return PosttrainError(section.place, f"the GPU's memory ran out ({words.split('. ')[0].splitlines()[0][:120]})", "room for one micro-batch",
+                          f"{lower}{more}or end what else uses the GPU; `python -m posttrain plan {section.recipe.path}` tells what takes how much. "
+                          "The same command goes on; nothing finished is lost.")
 
 
 def run_sections(run: Run, names: list[str] | None = None) -> None:
@@ -407,6 +489,7 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
     with run.lock():
         began = time.time()
         for i, name in enumerate(names, 1):
+            stopping.check_together()
             section = run.section(name)
             title = f"[{i}/{len(names)}] {name} ({section.kind})"
             for ref in cfg.references(section.config.model_dump()):
@@ -414,25 +497,32 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
                     raise PosttrainError(section.place, f"'@{ref}' is {run.section(ref).state()}", "a finished section",
                                          f"Run it first: `python -m posttrain run {run.recipe.path}`.")
             state = distributed.from_main(section.state)
+            if state == "started" and distributed.from_main(section.mended):
+                say(f"{title}: DONE was damaged and is written again, all else is as it was", style="dim")
+                continue
             if state == "done":
+                section.check_files()
                 section.drop_leftovers()  # of a run that was killed right after its last write
                 say(f"{title}: done already, skipped", style="dim")
                 continue
             _refuse_processes(section)
+            for ref in dict.fromkeys(cfg.references(section.config.model_dump())):
+                run.section(ref).check_files(whole=True)
             if state == "changed":
                 shown = section.changes()
                 say(f"{title}: runs again, because {'; '.join(shown[:4])}{f' and {len(shown) - 4} more' if len(shown) > 4 else ''}"
                     f" (the earlier result is kept in {run.folder / '.previous'})", style="bold")
             else:
                 say(f"{title}{': goes on where it was cut off' if state == 'started' else ''}", style="bold")
-            with _disk_faults(section):
+            with _machine_faults(section):
                 run.start(section)
             if distributed.from_main(section.state) == "done":
+                section.check_files()
                 say("  found among the earlier results; nothing to do")
                 continue
             run.clock = time.time()
             try:
-                with _disk_faults(section):
+                with _machine_faults(section):
                     section.count_rows()
                     load_module(section.kind).run(section)
             finally:

@@ -44,13 +44,14 @@ def serve(model: Annotated[str, typer.Argument(metavar="RUN", help="a recipe, a 
           api_key: Annotated[str | None, typer.Option(help="demanded of every client; others on this machine can read it here: rather --api-key-env",
                                                       show_default=False)] = None,
           api_key_env: Annotated[str | None, typer.Option(help="NAME of the variable that holds the API key", show_default=False)] = None,
+          tls_certificate: listen.Certificate = None, tls_key: listen.Key = None,
           chat_template: Annotated[str | None, typer.Option(help="of a model that has none: chatml, llama-2, llama-3 or a .jinja file",
                                                             show_default=False)] = None) -> None:
     """Serve a version to OpenAI's clients until Ctrl-C. An adapter is merged into a folder in the cache first, which is used again."""
     # 1. What can be wrong before anything is loaded.
     engine = chosen(engine)
     check_installed(engine)
-    key = read_key(host, api_key, api_key_env)
+    key, tls = read_key(host, api_key, api_key_env), listen.tls(tls_certificate, tls_key)
     _check_options(options or [])
     version = versions.find(model, section, chat_template)
     listener = listen.listen(host, port)
@@ -69,11 +70,12 @@ def serve(model: Annotated[str, typer.Argument(metavar="RUN", help="a recipe, a 
     behind = Engine(engine, folder, dtype, name, options or [])
     try:
         behind.wait()
-        server = listen.server(Proxy(behind.url, behind.model, name, key).app, "on")
+        server = listen.server(Proxy(behind.url, behind.model, name, key).app, "on", **tls)
         behind.at_end = lambda: setattr(server, "should_exit", True)
-        say(f"{name} answers at {listen.address(listener)}/v1 ({engine}, {dtype}{', with the API key' if key else ''}). Ctrl-C stops it.")
-        if key and not listen.is_loopback(host):
-            say("note: key and text cross the network as they are: put a proxy with https before this address, or reach it through ssh -L")
+        say(f"{name} answers at {listen.address(listener, bool(tls))}/v1 ({engine}, {dtype}{', with the API key' if key else ''}). Ctrl-C stops it.")
+        if key and not tls and not listen.is_loopback(host):
+            say("note: without --tls-certificate key and text cross the network as they are: put a proxy with https before this address, or reach "
+                "it through ssh -L")
         listen.run(server, listener)
         behind.check()
     except KeyboardInterrupt:
@@ -116,6 +118,9 @@ def read_key(host: str, given: str | None, variable: str | None) -> str | None:
 
 
 def _check_options(options: list[str]) -> None:
+    if options and not options[0].startswith("-"):
+        raise PosttrainError(f"serve {options[0]}", "a word beside RUN", "one RUN, and the engine's own options after --",
+                             "Leave it out, or write it as -- --OPTION VALUE.")
     for word in options:
         if word.split("=")[0].replace("_", "-") in OURS:
             raise PosttrainError(f"serve -- {word}", "an option that serve sets itself", "options of memory, length and speed",

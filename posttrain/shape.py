@@ -22,7 +22,10 @@ class Shape:
     hidden: int
     ffn: int
     vocab: int
+    heads: int
+    q_width: int  # query heads times head width
     kv_width: int  # key/value heads times head width
+    qk_norm: bool  # queries and keys are normalized
     tied: bool
     linears: dict[str, tuple[int, int]]
     small: int  # norms and biases, all layers
@@ -49,7 +52,11 @@ class Shape:
         if unknown:
             raise PosttrainError(f"{place}.target_modules", f"no layer '{unknown[0]}' in this model", f"some of {', '.join(self.linears)}",
                                  "Name these, or all-linear.")
-        return self.layers * lora.r * sum(sum(self.linears[n]) for n in names)
+        return self.lora_weights(lora.r, names)
+
+    def lora_weights(self, rank: int, names: list[str] | None = None) -> int:
+        """Weights of an adapter of a rank on the layers of these names, or all."""
+        return self.layers * rank * sum(sum(self.linears[n]) for n in names or self.linears)
 
     def weights(self, quantization: str, width: int) -> float:
         """Bytes of the base in memory; embeddings, head and norms are never quantized."""
@@ -59,11 +66,6 @@ class Shape:
     def kv(self, width: int) -> int:
         """Bytes of keys and values of one token."""
         return 2 * self.layers * self.kv_width * width
-
-    def activations(self, width: int, checkpointing: bool) -> int:
-        """Bytes kept for the backward pass of one token, by hand count (as posttrain.training.choose_budget)."""
-        layer = (18 * self.hidden + 6 * self.ffn) * width
-        return layer + self.layers * self.hidden * width if checkpointing else self.layers * layer
 
 
 def shape_of(config: dict) -> Shape:
@@ -79,7 +81,7 @@ def shape_of(config: dict) -> Shape:
     tied = config.get("tie_word_embeddings", kind not in KNOWN)
     linears = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d),
                "gate_proj": (d, ffn), "up_proj": (d, ffn), "down_proj": (ffn, d)}
-    return Shape(layers, d, ffn, config["vocab_size"], kv, tied, linears, layers * small + d, kind in KNOWN)
+    return Shape(layers, d, ffn, config["vocab_size"], heads, q, kv, kind == "qwen3", tied, linears, layers * small + d, kind in KNOWN)
 
 
 def read_shape(model: cfg.ModelConfig, place: str) -> Shape:

@@ -12,10 +12,10 @@ class Stage(NamedTuple):
 
 
 STAGES: dict[str, Stage] = {
-    "sft": Stage("sft.config:SFTStage", "sft.train", "model"),
+    "sft": Stage("sft.config:SFTStage", "sft.train", "model", processes=True),
     "gatt": Stage("sft.config:GattStage", "sft.gatt", "data"),
     "gatt_eval": Stage("sft.config:GattEvalStage", "sft.gatt_eval", "report"),
-    "reward": Stage("reward.config:RewardStage", "reward.train", "model"),
+    "reward": Stage("reward.config:RewardStage", "reward.train", "model", processes=True),
     "rejection": Stage("rlhf.config:RejectionStage", "rlhf.rejection", "data", processes=True),
     "collect": Stage("rlhf.config:CollectStage", "rlhf.collect", "tasks", processes=True),
     "annotations": Stage("rlhf.config:AnnotationsStage", "rlhf.annotations", "pairs"),

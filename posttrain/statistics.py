@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+Z2 = 1.959964 ** 2  # of a 95 % interval
+
 
 def interval(values, groups=None, resamples: int = 2000, seed: int = 0) -> dict:
     """Mean and 95 % percentile interval by bootstrap over groups. values (n,) numbers; groups (n,) labels or None (every row its own).
@@ -19,6 +21,28 @@ def interval(values, groups=None, resamples: int = 2000, seed: int = 0) -> dict:
         pick = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
         means = sums[pick].sum(1) / counts[pick].sum(1)
         out["low"], out["high"] = (float(x) for x in np.percentile(means, [2.5, 97.5]))
+    return out
+
+
+def share_interval(values, groups=None) -> dict:
+    """`interval` of a share (values 0 to 1), at each end the wider of the bootstrap and of Wilson's score interval with every group as one trial: the
+    bootstrap has no width where all values are equal, such as 0 of n, and too little near that."""
+    out = interval(values, groups)
+    if out["low"] is not None:
+        n, p = out["groups"], out["mean"]
+        middle, half = p + Z2 / (2 * n), math.sqrt(Z2 * (p * (1 - p) + Z2 / (4 * n)) / n)
+        out["low"] = max(0.0, min(out["low"], (middle - half) / (1 + Z2 / n)))
+        out["high"] = min(1.0, max(out["high"], (middle + half) / (1 + Z2 / n)))
+    return out
+
+
+def difference_interval(values, groups=None, most: float = 1.0) -> dict:
+    """`interval` of differences from -most to most. Where all groups agree the bootstrap has no width, though groups that were not drawn may differ
+    (the rule of three): then as many of them as Wilson's upper end of 0 of n may lie at either far end."""
+    out = interval(values, groups)
+    if out["low"] is not None and out["high"] - out["low"] < 1e-9:
+        unseen = Z2 / (out["groups"] + Z2)
+        out["low"], out["high"] = out["mean"] - unseen * (out["mean"] + most), out["mean"] + unseen * (most - out["mean"])
     return out
 
 

@@ -9,17 +9,20 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from posttrain import distributed, memory, stopping
 from posttrain.errors import PosttrainError
 from posttrain.models import Role, Roles
-from posttrain.packing import Tree, collate, token_budget
+from posttrain.packing import MicroBatch, Tree, collate, token_budget
 from posttrain.plan import warmup_steps
 from posttrain.runs import Section, file_digest, read_json, write_json
+from posttrain.shape import shape_of
 
 CHECKSUMS = "checksums.json"
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 # -- batches ------------------------------------------------------------------------------------------------------------------
@@ -55,20 +58,46 @@ def bin_by_length(lengths: list[int], width: int, seed: int) -> list[list[int]]:
 
 
 def budget_of(section: Section, roles: Roles, role: Role) -> int:
-    """Tokens per micro-batch: the recipe's, or what memory allowed at the section's first start."""
-    return getattr(section.config, "micro_batch_tokens", None) or section.decide("micro_batch_tokens", lambda: choose_budget(roles, role))
+    """Tokens per micro-batch: the recipe's, or what memory allowed at the section's first start; fewer where that was too many (`smaller_budget`)."""
+    if wanted := getattr(section.config, "micro_batch_tokens", None):
+        return min(wanted, section.manifest.get("decisions", {}).get("micro_batch_tokens", wanted))
+    return section.decide("micro_batch_tokens", lambda: choose_budget(roles, role))
 
 
 def choose_budget(roles: Roles, role: Role) -> int:
-    """Tokens per micro-batch from free memory: bytes of kept activations per token, by hand count, a third of memory at most."""
-    c = role.net.config.get_text_config()
+    """Tokens per micro-batch from the memory that is free for this process (posttrain.memory): half of a GPU's, a third of a CPU's, less what
+    the gradients and the optimizer of trained roles will take."""
+    shape = shape_of(role.net.config.to_dict())
+    full, trained = role.adapter is None, [p for r in roles.roles.values() for p in r.parameters()]
     width = 4 if roles.dtype == torch.float32 else 2
-    per_token = c.num_hidden_layers * (18 * c.hidden_size + 6 * getattr(c, "intermediate_size", 4 * c.hidden_size)) * width
+    way = memory.Way(width, full=full, rank=0 if role.lora is None else role.lora.r, quantized=roles.config.quantization != "none", rows=bool(roles.added))
+    coming = 3 * sum(p.numel() * p.element_size() for p in trained)
     if roles.device.type == "cuda":
-        return max(512, min(16384, int(torch.cuda.mem_get_info()[0] * 0.5 / per_token)))
+        sharing = -(-distributed.on_this_machine() // torch.cuda.device_count())
+        return memory.micro_batch(shape, way, (torch.cuda.mem_get_info()[0] / sharing - coming) * 0.5)
     import psutil
 
-    return max(256, min(2048, int(psutil.virtual_memory().available * 0.3 / per_token)))
+    per_token = shape.layers * memory.layer(shape, way)
+    free = psutil.virtual_memory().available / distributed.on_this_machine() - coming
+    return max(256, min(2048, int(free * 0.3 / per_token)))
+
+
+def smaller_budget(section: Section, budget: int, batches: list[MicroBatch]) -> int:
+    """Tokens per micro-batch after the GPU's memory ran out in one of these: half of what the largest took, from now on.
+
+    The manifest says so. Raises PosttrainError where each of them holds a single row already."""
+    largest = max(b.input_ids.numel() for b in batches)
+    if all(len(set(b.items)) == 1 for b in batches):
+        keys = [k for k in ("max_length", "max_prompt_tokens", "max_new_tokens") if hasattr(section.config, k)]
+        more = "set activation_checkpointing: true, " if getattr(section.config, "activation_checkpointing", True) is False else ""
+        raise PosttrainError(section.place, f"the GPU's memory ran out in a micro-batch of one row of {largest} tokens", "room for one row",
+                             f"Lower {' or '.join(keys)}, {more}or quantize the base (model.quantization: nf4); the last checkpoint is kept.")
+    smaller = max(1, min(budget, largest) // 2)
+    section.manifest.setdefault("decisions", {})["micro_batch_tokens"] = smaller
+    section.inexact(f"the GPU's memory ran out in a micro-batch of {largest} tokens: {smaller} from now on")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return smaller
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------------------
@@ -88,35 +117,61 @@ def sealed(folder: Path) -> bool:
         return False
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """A section's checkpoint-N, oldest first, whether complete or not."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()), key=lambda p: int(p.name.split("-")[1]))
+
+
 def newest_checkpoint(folder: Path, say) -> Path | None:
-    """The newest complete checkpoint-N; damaged or half-written newer ones are named and removed."""
-    found = sorted((p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()), key=lambda p: int(p.name.split("-")[1]))
-    for path in reversed(found):
+    """The newest complete checkpoint-N; damaged or half-written newer ones are named and removed. The logs become what they were then."""
+    for path in reversed(checkpoints(folder)):
         if sealed(path):
+            _put_back_logs(path, say)
             return path
         say(f"{path.name} is incomplete or damaged; using the one before")
         shutil.rmtree(path)
     return None
 
 
+def complete(folder: Path) -> None:
+    """Make a written checkpoint count: a copy of the section's logs, and the seal."""
+    for name in LOGS:
+        if (folder.parent / name).exists():
+            shutil.copyfile(folder.parent / name, folder / name)
+    seal(folder)
+
+
+def drop_old(folder: Path, keep: int) -> None:
+    """All checkpoints but the newest `keep` go. After the newest is complete: a kill in between leaves one more, never one less."""
+    for path in checkpoints(folder)[:-keep]:
+        shutil.rmtree(path)
+
+
+def _put_back_logs(checkpoint: Path, say) -> None:
+    """A log that no longer begins as the checkpoint has it was damaged since."""
+    for name in LOGS:
+        path, kept = checkpoint.parent / name, checkpoint / name
+        if kept.exists() and not (path.exists() and path.read_bytes().startswith(kept.read_bytes())):
+            say(f"{name} is missing or damaged; it is put back as {checkpoint.name} has it")
+            shutil.copyfile(kept, path)
+
+
 # -- the trainer --------------------------------------------------------------------------------------------------------------
 
 
-class _Steps(Dataset):
-    """Item k is everything step k trains on: a list of micro-batches."""
+class _Steps:
+    """Item k is this process's share of what step k trains on: a list of micro-batches."""
 
     def __init__(self, trees, batches, budget, layout, pad):
         self.trees, self.batches, self.budget, self.layout, self.pad = trees, batches, budget, layout, pad
 
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, step):
-        chosen = [self.trees[i] for i in self.batches[step]]
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        items = distributed.share_by_length(self.batches[step], self.trees)
+        chosen = [self.trees[i] for i in items]
         out = []
-        for group in token_budget(chosen, self.budget, self.layout):
+        for group in token_budget(chosen, self.budget, self.layout) if chosen else []:
             batch = collate(chosen, group, self.layout, self.pad)
-            batch.items = [self.batches[step][i] for i in batch.items]
+            batch.items = [items[i] for i in batch.items]
             out.append(batch)
         return out
 
@@ -135,6 +190,11 @@ class RoleTrainer:
         for p, data in kept:
             p.data = data
 
+    def create_accelerator_and_postprocess(self):
+        """Nothing is wrapped in DistributedDataParallel: the roles' bodies are called, and gradients are added by hand (posttrain/distributed.py)."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = lambda model, **kwargs: model
+
     def _save(self, output_dir=None, state_dict=None):
         self.roles.save(self.role.name, Path(output_dir or self.args.output_dir))
 
@@ -146,7 +206,7 @@ class RoleTrainer:
 
 
 class StepTrainer(RoleTrainer):
-    """One global batch a step. The subclass gives `micro_loss` and `totals`; `bind` must be called once."""
+    """One global batch a step, shared by all processes. The subclass gives `micro_loss` and `totals`; `bind` must be called once."""
 
     def bind(self, section: Section, roles: Roles, role: Role, trees: list[Tree], batches: list[list[int]], budget: int) -> None:
         self.section, self.roles, self.role = section, roles, role
@@ -154,33 +214,49 @@ class StepTrainer(RoleTrainer):
         self.step_stats: dict[str, float] = {}
 
     def totals(self, batch: list) -> dict[str, float]:
-        """What the step's losses are divided by, counted over all its micro-batches."""
+        """What the step's losses are divided by, counted over these micro-batches."""
         raise NotImplementedError
 
     def micro_loss(self, batch, totals: dict) -> tuple[torch.Tensor, dict[str, float]]:
-        """(loss of one micro-batch, already divided by the step's totals; numbers to add up for the log)."""
+        """(loss of one micro-batch, already divided by the step's totals over all processes; numbers to add up for the log)."""
         raise NotImplementedError
 
     def get_train_dataloader(self) -> DataLoader:
-        steps = _Steps(self.trees, self.batches, self.budget, self.roles.layout, self.roles.tokenizer.pad_token_id)
-        return DataLoader(steps, batch_size=1, shuffle=False, collate_fn=_only)  # accelerate skips done batches through a batch sampler
+        """Of the steps' numbers: a step's micro-batches are made when it is trained on, with the budget that holds then."""
+        numbers = range(len(self.batches))
+        return DataLoader(numbers, batch_size=1, shuffle=False, collate_fn=_only)  # accelerate skips done steps through a batch sampler
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
-        totals, loss_sum, stats = self.totals(inputs), 0.0, {}
-        for batch in inputs:
+        totals = None
+        while True:
+            batches = _Steps(self.trees, self.batches, self.budget, self.roles.layout, self.roles.tokenizer.pad_token_id)[inputs]
+            totals = totals or distributed.add_numbers(self.totals(batches))
+            try:
+                stats = self._gradients(batches, totals)
+                break
+            except torch.OutOfMemoryError:
+                model.zero_grad(set_to_none=True)
+            self.budget = smaller_budget(self.section, self.budget, batches)  # here, where the exception and what it held are gone
+        distributed.add_gradients(self.role.parameters())
+        self.step_stats = distributed.add_numbers(stats)
+        self.step_tokens = distributed.add_numbers({"tokens": sum(b.tokens for b in batches)})["tokens"]
+        loss = self.step_stats["loss"]
+        if not math.isfinite(loss):
+            raise PosttrainError(self.section.place, f"the loss became {loss} at step {self.state.global_step + 1}", "a finite loss",
+                                 "Lower learning_rate, or set model.dtype: float32; the last checkpoint is kept.")
+        return torch.tensor(loss, device=self.roles.device)
+
+    def _gradients(self, batches: list[MicroBatch], totals: dict) -> dict[str, float]:
+        """Of this process's share of a step, and its numbers for the log."""
+        stats: dict[str, float] = {}
+        for batch in batches:
             with self.accelerator.autocast():  # accelerate wraps the model's forward alone; the roles call its body
                 loss, numbers = self.micro_loss(batch.to(self.roles.device), totals)
             self.accelerator.backward(loss)
-            loss_sum += loss.detach()
             for key, value in numbers.items():
                 stats[key] = stats.get(key, 0.0) + value
-        if not torch.isfinite(loss_sum):
-            raise PosttrainError(self.section.place, f"the loss became {loss_sum.item()} at step {self.state.global_step + 1}", "a finite loss",
-                                 "Lower learning_rate, or set model.dtype: float32; the last checkpoint is kept.")
-        self.step_stats = stats
-        self.step_tokens = sum(b.tokens for b in inputs)
-        return loss_sum
+        return stats
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         return [next(epoch_iterator) for _ in range(num_batches)], None
@@ -223,6 +299,8 @@ class _Watch(TrainerCallback):
             t.pending_eval = self.evaluate()
         else:
             t.pending_eval = {}
+        if any(distributed.gather(stopping.asked())):
+            control.should_save = control.should_training_stop = True
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -242,7 +320,12 @@ class _Watch(TrainerCallback):
         self.ticker.advance(1, note=f"loss {row[f'{self.stage}/loss']:.3f}")
 
     def on_save(self, args, state, control, **kwargs):
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        section = self.trainer.section
+        distributed.agree(self.trainer.role.parameters(), section.place)  # all have written theirs when this returns
+        if distributed.is_main():
+            complete(section.folder / f"checkpoint-{state.global_step}")
+            drop_old(section.folder, section.config.save_total_limit)
+        distributed.wait()
 
 
 def training_arguments(config, section: Section, roles: Roles, role: Role, steps: int, default_lr: float) -> dict:
@@ -255,7 +338,7 @@ def training_arguments(config, section: Section, roles: Roles, role: Role, steps
         "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": config.min_lr_ratio},
         "warmup_steps": warmup_steps(steps, config.warmup_ratio),
         "logging_strategy": "steps", "logging_steps": 1, "logging_nan_inf_filter": False, "save_strategy": "steps", "save_steps": config.save_steps,
-        "save_total_limit": config.save_total_limit, "report_to": "none", "disable_tqdm": True, "bf16": autocast, "fp16": False, "tf32": None,
+        "report_to": "none", "disable_tqdm": True, "bf16": autocast, "fp16": False, "tf32": None,
         "use_cpu": roles.device.type == "cpu", "gradient_checkpointing": config.activation_checkpointing, "seed": section.seed, "data_seed": section.seed,
         "remove_unused_columns": False, "dataloader_num_workers": 0, "dataloader_pin_memory": False, "max_length": None,
     }
@@ -274,7 +357,8 @@ def fit(trainer, section: Section, stage: str, evaluate, eval_every: int) -> Non
     steps = len(trainer.batches)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    checkpoint = newest_checkpoint(section.folder, section.log.say)
+    section.same_processes()
+    checkpoint = distributed.from_main(lambda: newest_checkpoint(section.folder, section.log.say))
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     section.log.rewind(done if checkpoint else -1)
     if not checkpoint:
@@ -285,7 +369,12 @@ def fit(trainer, section: Section, stage: str, evaluate, eval_every: int) -> Non
     with section.log.progress(steps, "training", "step", done) as ticker:
         trainer.add_callback(_Watch(trainer, steps, stage, evaluate, eval_steps, ticker))
         if done < steps:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with stopping.deferred():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if distributed.world() > 1:
+                stopping.check_together()
         else:  # cut off between the last step and the end of the section
             restore(trainer.roles, trainer.role, checkpoint)
-    trainer.roles.save(trainer.role.name, section.folder / "model")
+    if distributed.is_main():
+        trainer.roles.save(trainer.role.name, section.folder / "model")
+    distributed.wait()

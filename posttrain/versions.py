@@ -23,6 +23,8 @@ class Version:
 def find(spec: str, section: str | None = None, template: str | None = None) -> Version:
     """section: of a recipe or run, 'base' for what it starts from; None: its export, else the section that finished last. template: the chat
     template of a model that has none, or in the place of its own. Raises PosttrainError for what cannot answer, before anything is loaded."""
+    if not spec.strip():
+        raise PosttrainError("RUN", "is empty", f"a recipe, a run's folder, {NAMED}", "Name one.")
     path = Path(spec).expanduser()
     of_recipe = path.suffix in (".yaml", ".yml")
     recipe = load_recipe(path) if of_recipe else None
@@ -103,6 +105,8 @@ def locate(spec: str, place: str, expected: str) -> tuple[Path | None, ModelConf
             return None, ModelConfig(name_or_path=str(path)), path.resolve().name
         raise PosttrainError(place, "no model (neither adapter_config.json nor config.json)", "a section's folder or a model folder",
                              "Check the path.")
+    if path.is_file():
+        raise PosttrainError(place, "a file", expected, "Name the folder that it lies in.")
     if builtin.is_builtin(spec):
         builtin.check(spec, place)
     elif spec.startswith((".", "/", "~")) or spec.count("/") > 1:

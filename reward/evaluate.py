@@ -5,8 +5,9 @@ import math
 
 import numpy as np
 
-from posttrain.data import prompt_key
+from posttrain.data import content, prompt_key
 from posttrain.formats import RATINGS, Pair
+from posttrain.runs import digest
 from posttrain.statistics import balanced_interval, interval
 
 BINS = {(True, False): "chosen safe, rejected unsafe", (True, True): "both safe", (False, False): "both unsafe",
@@ -32,6 +33,17 @@ def evaluate(pairs: list[Pair], scores: list[list[float]], lengths: list[tuple[i
         **_calibration(chosen - rejected), **_histogram(chosen, rejected),
     }
     return out | safety_figures(pairs, scores)
+
+
+def pair_rows(part: str, pairs: list[Pair], scores: list[list[float]], lengths: list[tuple[int, int]]) -> list[dict]:
+    """One row a pair, so that two models can be compared pair by pair. part: which held-out pairs ('own', ...); key: the same wherever the pair is
+    the same to the letter, its rating and labels too; prompt: prompt_key; chosen, rejected: raw scores, and margin their difference."""
+    names, rows = {v: k for k, v in RATINGS.items()}, []
+    for p, (chosen, rejected), (a, b) in zip(pairs, scores, lengths, strict=True):
+        labels = {"rating": names.get(p.rating), "chosen_safe": p.chosen_safe, "rejected_safe": p.rejected_safe}
+        rows.append({"part": part, "key": digest([content(p), labels]), "prompt": prompt_key(p), "chosen": chosen, "rejected": rejected,
+                     "margin": chosen - rejected, "longer": "chosen" if a > b else "rejected" if b > a else None, "source": p.source, **labels})
+    return rows
 
 
 def _by(pairs, right, groups, key, names, label) -> list[dict]:

@@ -7,17 +7,18 @@ from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from posttrain import chat
+from posttrain.config import Recipe
 from posttrain.data import naming, prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.models import Roles, roles_for, source_of
 from posttrain.packing import Tree, tree
 from posttrain.plan import batch_and_steps
-from posttrain.runs import Section
+from posttrain.runs import Section, write_lines
 from posttrain.shape import shape_of
 from posttrain.training import StepTrainer, budget_of, fit, plan_batches, training_arguments
 from reward import losses
-from reward.evaluate import evaluate
+from reward.evaluate import evaluate, pair_rows
 from reward.mix import mix, without_unsafe_preferred
 from reward.score import scores
 
@@ -83,7 +84,12 @@ def judge(roles: Roles, role: str, trees: list[Tree], pairs: list[Pair], budget:
     """Scores of held-out pairs and everything they say."""
     roles[role].net.eval()
     raw = scores(roles, role, trees, budget)
-    return evaluate(pairs, raw, [tuple(b - a for a, b in t.spans) for t in trees]), raw
+    return evaluate(pairs, raw, lengths(trees)), raw
+
+
+def lengths(trees: list[Tree]) -> list[tuple[int, int]]:
+    """Tokens of the chosen and the rejected answer."""
+    return [tuple(b - a for a, b in t.spans) for t in trees]
 
 
 def run(section: Section) -> None:
@@ -147,10 +153,12 @@ def run(section: Section) -> None:
     results, raw = {}, {}
     for name, (held_trees, rows) in held.items():
         results[name], raw[name] = judge(roles, "reward", held_trees, rows, budget) if rows else ({"pairs": 0}, [])
+    write_lines(section.folder / "held_out.jsonl", [row for name, (held_trees, rows) in held.items()
+                                                    for row in pair_rows(name, rows, raw[name], lengths(held_trees))])
     flat = [s for pair in raw["own"] for s in pair] or [0.0]
     check_reload(section, roles, trees[:4], budget)
     section.finish({
-        "which": "safety" if weight or config.own_share > 0.75 else "helpfulness", "margin": config.margin, "safety_loss_weight": weight,
+        "which": judges(section.recipe, section.name), "margin": config.margin, "safety_loss_weight": weight,
         "parameters": parameters(role.net.config), "fraction": config.fraction, "seed": seed,
         "composition": composition, "too_long": len(too_long), "held_out_too_long": held_too_long,
         "unsafe_preferred": unsafe_preferred, "train_pairs": len(pairs), "steps": steps, "batch_size": batch,
@@ -160,6 +168,18 @@ def run(section: Section) -> None:
         "threshold_precision_90": results["own"].get("threshold_precision_90"),
     })
     tell(section, results["own"])
+
+
+def judges(recipe: Recipe, name: str) -> str | None:
+    """What the recipe has a reward model judge, helpfulness or safety: what a section reads it for, else safety where it learns the safety loss, else
+    what a section reads another model of the same pairs for. None where all this does not tell: it is then called by its section's name."""
+    def read_for(names: set[str]) -> set[str]:
+        return {what for config in recipe.stages.values() for what in ("helpfulness", "safety") if getattr(config, what, None) in names}
+
+    config = recipe.stages[name]
+    alike = {f"@{n}" for n, other in recipe.stages.items() if other.stage == "reward" and other.own == config.own}
+    found = [read_for({f"@{name}"}), {"safety"} if config.safety_loss_weight else set(), read_for(alike)]
+    return next((next(iter(f)) for f in found if len(f) == 1), None)
 
 
 def drift_pairs(section: Section, trained: list[Pair]) -> tuple[list[Pair], int]:

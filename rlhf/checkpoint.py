@@ -11,10 +11,13 @@ from pathlib import Path
 
 import torch
 
-from posttrain import distributed
+from posttrain import distributed, stopping
+from posttrain.errors import PosttrainError
 from posttrain.models import Roles
 from posttrain.runs import Section, read_json, write_json
-from posttrain.training import newest_checkpoint, restore, seal
+from posttrain.training import CHECKSUMS, checkpoints, complete, drop_old, newest_checkpoint, restore, seal, sealed
+
+KEPT = 2  # checkpoints: where the newest is damaged there is one before it
 
 
 @dataclass
@@ -49,20 +52,31 @@ def _write(section: Section, roles: Roles, optimizers, state: State) -> None:
                 file.rename(work / f"{name}.{file.name}")
             (work / name).rmdir()
         write_json(work / "state.json", asdict(state))
-        seal(work)
+        complete(work)
 
     replace(section.folder / f"checkpoint-{state.iteration}", section.folder / "checkpoint.tmp", write)
-    old = sorted(section.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[:-2]
-    keep = {f"best-{read_json(p / 'state.json')['best_iteration']}" for p in section.folder.glob("checkpoint-*") if p not in old}
-    for path in [*old, *(p for p in section.folder.glob("best-*") if p.name not in keep and p.name != f"best-{state.best_iteration}")]:
-        shutil.rmtree(path)
+    drop_old(section.folder, KEPT)
+    keep = {f"best-{read_json(p / 'state.json')['best_iteration']}" for p in checkpoints(section.folder)}
+    for path in section.folder.glob("best-*"):
+        if path.name not in {*keep, f"best-{state.best_iteration}"}:
+            shutil.rmtree(path)
+
+
+@contextmanager
+def saved_when_stopped(section: Section, roles: Roles, policy_optimizer, critic_optimizer, state: State):
+    """A signal inside waits for `stopping.check`; what was learnt by then becomes a checkpoint."""
+    try:
+        with stopping.deferred():
+            yield
+    except stopping.Stopped:
+        save(section, roles, policy_optimizer, critic_optimizer, state)
+        raise
 
 
 def resume(section: Section, roles: Roles, policy_optimizer, critic_optimizer) -> State:
     """The state of the newest complete checkpoint, with weights and optimizers put back; a new one if there is none."""
-    if (before := section.decide("processes", distributed.world)) != distributed.world():
-        section.inexact(f"begun with {before} process(es), it goes on with {distributed.world()}")
-    checkpoint = distributed.from_main(lambda: newest_checkpoint(section.folder, section.log.say))
+    section.same_processes()
+    checkpoint = distributed.from_main(lambda: _newest(section))
     if checkpoint is None:
         section.log.rewind(-1)
         return State()
@@ -77,10 +91,26 @@ def resume(section: Section, roles: Roles, policy_optimizer, critic_optimizer) -
     return state
 
 
+def _newest(section: Section) -> Path | None:
+    """The newest complete checkpoint. Raises PosttrainError where the best policy it speaks of is damaged."""
+    path = newest_checkpoint(section.folder, section.log.say)
+    told = read_json(path / "state.json") if path else {}
+    best = section.folder / f"best-{told.get('best_iteration')}"
+    if told.get("best") is not None and not _sound(best):
+        raise PosttrainError(str(best), "missing or damaged", f"the best policy so far, that of iteration {told['best_iteration']}",
+                             f"Put a copy of it back; or delete {path} to go on from the checkpoint before; or delete the section's folder: it is made again.")
+    return path
+
+
+def _sound(best: Path) -> bool:
+    """Without checksums it is an earlier version's."""
+    return best.is_dir() and (sealed(best) or not (best / CHECKSUMS).exists())
+
+
 @contextmanager
 def _role_folder(checkpoint: Path, name: str):
     """A checkpoint's files of one role, under the names `restore` reads."""
-    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temp:
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent, suffix=".tmp") as temp:
         for file in checkpoint.glob(f"{name}.*"):
             (Path(temp) / file.name.removeprefix(f"{name}.")).hardlink_to(file)
         yield Path(temp)
@@ -88,14 +118,21 @@ def _role_folder(checkpoint: Path, name: str):
 
 def keep(section: Section, roles: Roles, iteration: int) -> None:
     """best-N: the policy as it is."""
+    def write(work: Path) -> None:
+        roles.save("policy", work)
+        seal(work)
+
     if distributed.is_main():
-        replace(section.folder / f"best-{iteration}", section.folder / "best.tmp", lambda work: roles.save("policy", work))
+        replace(section.folder / f"best-{iteration}", section.folder / "best.tmp", write)
 
 
 def output(section: Section, iteration: int) -> None:
     """model: a copy of best-N."""
+    def write(work: Path) -> None:
+        shutil.copytree(section.folder / f"best-{iteration}", work, ignore=shutil.ignore_patterns(CHECKSUMS))
+
     if distributed.is_main():
-        replace(section.folder / "model", section.folder / "model.tmp", lambda work: shutil.copytree(section.folder / f"best-{iteration}", work))
+        replace(section.folder / "model", section.folder / "model.tmp", write)
 
 
 def replace(folder: Path, work: Path, write) -> None:

@@ -9,12 +9,13 @@ everything in between (whitening, rewards, advantages, statistics, decisions) is
 import random
 import resource
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from posttrain import distributed
-from posttrain.chunks import derive_seed
+from posttrain import distributed, stopping
+from posttrain.chunks import derive_seed, with_fewer_rows
 from posttrain.data import prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.generate import Sampling
@@ -24,7 +25,7 @@ from posttrain.packing import MicroBatch
 from posttrain.runs import Section
 from posttrain.statistics import interval, standard_error
 from posttrain.tensors import masked_mean, token_entropy, whiten
-from posttrain.training import budget_of
+from posttrain.training import budget_of, smaller_budget
 from reward.score import Scorer, load_scorer
 from rlhf import checkpoint, credit, gate, losses
 from rlhf.checkpoint import State
@@ -63,13 +64,14 @@ def run(section: Section) -> None:
         section.log.metrics(0, watched_metrics(state.start_rows))
 
     warned: set[str] = set()
-    with section.log.progress(config.iterations, "PPO", "iteration", state.iteration) as ticker:
+    with (checkpoint.saved_when_stopped(section, roles, policy_optimizer, critic_optimizer, state),
+          section.log.progress(config.iterations, "PPO", "iteration", state.iteration) as ticker):
         while state.iteration < config.iterations and state.worse < config.patience:
-            state.iteration += 1
             clock = [time.time()]
 
-            # 4. sample answers from the policy and score them with both reward models
-            scored = collect(section, roles, scorer, prompts, state.iteration)
+            # 4. sample answers from the policy and score them with both reward models; a signal ends it, and the policy is still the one before
+            scored = collect(section, roles, scorer, prompts, state.iteration + 1)
+            state.iteration += 1
             clock.append(time.time())
 
             # 5. log-probabilities, reference log-probabilities and values, in the batches the update will use
@@ -99,6 +101,7 @@ def run(section: Section) -> None:
             if state.iteration % config.save_steps == 0 or state.iteration == config.iterations:
                 checkpoint.save(section, roles, policy_optimizer, critic_optimizer, state)
             ticker.advance(1, note=f"reward {row['ppo/merged_reward']:.3f}, KL {row['ppo/kl']:.2f}")
+            stopping.check_together()
     finish(section, roles, scorer, state)
 
 
@@ -172,8 +175,14 @@ def announce(section: Section, scorer: Scorer, prompts, watched) -> None:
 def collect(section: Section, roles: Roles, scorer: Scorer, prompts: list[Encoded], iteration: int) -> Scored:
     c = section.config
     chosen = iteration_prompts(prompts, c.batch_size // c.samples_per_prompt, section.seed, iteration)
-    return sample_and_score(roles, "policy", scorer, chosen, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature),
-                            derive_seed(section.seed, "sample", iteration), rows_at_once(section, roles, prompts), c.standardize_rewards)
+    alone = distributed.world() == 1  # of several processes none may end before the others, nor begin again without them
+
+    def work() -> Scored:
+        return sample_and_score(roles, "policy", scorer, chosen, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature),
+                                derive_seed(section.seed, "sample", iteration), rows_at_once(section, roles, prompts), c.standardize_rewards,
+                                (lambda tokens: stopping.check()) if alone else None)
+
+    return with_fewer_rows(section, work) if alone else work()
 
 
 def whitening(config) -> str:
@@ -236,9 +245,9 @@ def values_of(roles: Roles, batch: MicroBatch) -> Tensor:
 def update(section: Section, roles: Roles, batches: Batches, rollout: Rollout, advantages: Tensor, returns: Tensor,
            policy_optimizer, critic_optimizer) -> dict[str, float]:
     """Every mini-batch is one step of both optimizers; losses are means over the mini-batch's tokens, of all processes together."""
-    c, stats, tokens = section.config, {}, 0
-    steps = [*zip(batches.mini, batches.where, batches.counts, strict=True)] * c.passes
-    for step, (minis, wheres, count) in enumerate(steps):
+    c, stats, tokens, steps = section.config, {}, 0, len(batches.mini) * section.config.passes
+
+    def gradients(minis, wheres, count: int) -> dict[str, float]:
         sums = dict.fromkeys(("policy_loss", "value_loss", "ratio", "ratio_deviation", "clip_fraction", "value_clip_fraction", "policy_kl"), 0.0)
         for batch, where in zip(minis, wheres, strict=True):
             def of(full, batch=batch, where=where):
@@ -254,16 +263,34 @@ def update(section: Section, roles: Roles, batches: Batches, rollout: Rollout, a
                            ("clip_fraction", clipped), ("value_clip_fraction", value_clipped),
                            ("policy_kl", of(rollout.old_logprobs) - logprobs)):
                 sums[key] += x.detach().float().sum().item()
+        return sums
+
+    for step, (sums, count) in enumerate(mini_batches(section, roles, batches, gradients, c.passes)):
         sums = distributed.add_numbers(sums)
         if step == 0:
             tripwire(section, roles, sums["ratio_deviation"] / count)
         for name, optimizer in (("policy", policy_optimizer), ("critic", critic_optimizer)):
             norm = step_of(section, roles, name, optimizer)
-            stats[f"{name}_grad_norm"] = stats.get(f"{name}_grad_norm", 0.0) + norm / len(steps)
+            stats[f"{name}_grad_norm"] = stats.get(f"{name}_grad_norm", 0.0) + norm / steps
         tokens += count
         for key, x in sums.items():
             stats[key] = stats.get(key, 0.0) + x
     return {k: v if k.endswith("grad_norm") else v / tokens for k, v in stats.items()}
+
+
+def mini_batches(section: Section, roles: Roles, batches: Batches, gradients: Callable, passes: int = 1) -> Iterator[tuple]:
+    """What gradients(micro-batches, answers of each, tokens) gives for every mini-batch, and the tokens. Where the GPU's memory runs out, that
+    mini-batch and all after it are cut smaller."""
+    for i in [*range(len(batches.mini))] * passes:
+        while True:
+            try:
+                told = gradients(batches.mini[i], batches.where[i], batches.counts[i])
+                break
+            except torch.OutOfMemoryError:
+                for p in [*roles["policy"].parameters(), *roles["critic"].parameters()]:
+                    p.grad = None
+            batches = batches.smaller(smaller_budget(section, budget_of(section, roles, roles["policy"]), batches.mini[i]))
+        yield told, batches.counts[i]
 
 
 def step_of(section: Section, roles: Roles, name: str, optimizer) -> float:
@@ -357,9 +384,12 @@ def refresh_values(roles: Roles, one) -> tuple[Batches, Rollout, Tensor]:
 
 def critic_pass(section: Section, roles: Roles, optimizer, one) -> None:
     batches, _, returns = one
-    for minis, wheres, count in zip(batches.mini, batches.where, batches.counts, strict=True):
+
+    def gradients(minis, wheres, count: int) -> None:
         for batch, where in zip(minis, wheres, strict=True):
             (0.5 * (values_of(roles, batch) - batches.of(batch, where, returns)).square().sum() / count).backward()
+
+    for _ in mini_batches(section, roles, batches, gradients):
         step_of(section, roles, "critic", optimizer)
 
 

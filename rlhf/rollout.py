@@ -1,6 +1,7 @@
 """Prompts -> sampled, scored answers: what rejection sampling and PPO have in common."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +128,7 @@ class Batches:
     where: list[list[Tensor]]
     response_mask: Tensor  # (B, R)
     counts: list[int]  # tokens of each mini-batch, over all processes
+    smaller: Callable[[int], "Batches"] | None = None  # the same mini-batches in micro-batches of so many tokens
 
     def flat(self):
         for batches, wheres in zip(self.mini, self.where, strict=True):
@@ -161,7 +163,7 @@ def make_batches(trees: list[Tree], mini_batch: int, budget: int, roles: Roles, 
     mini, where, counts = [], [], []
     for start in range(0, len(order), per):
         counts.append(sum(len(c) for i in order[start:start + per] for c in trees[i].counted))
-        chosen = _share_by_length(order[start:start + per], trees)
+        chosen = distributed.share_by_length(order[start:start + per], trees)
         some = [trees[i] for i in chosen]
         batches, wheres = [], []
         for group in token_budget(some, budget, roles.layout):
@@ -169,20 +171,7 @@ def make_batches(trees: list[Tree], mini_batch: int, budget: int, roles: Roles, 
             wheres.append(torch.tensor([chosen[i] * k + j for i in group for j in range(k)], device=roles.device))
         mini.append(batches)
         where.append(wheres)
-    return Batches(mini, where, mask.to(roles.device), counts)
-
-
-def _share_by_length(chosen: list[int], trees: list[Tree]) -> list[int]:
-    """This process's trees of a mini-batch, all processes' about equally many tokens: longest first, each to the one with the fewest so far."""
-    shares: list[list[int]] = [[] for _ in range(distributed.world())]
-    if len(shares) == 1:
-        return chosen
-    load = [0] * len(shares)
-    for i in sorted(chosen, key=lambda i: (-len(trees[i]), i)):
-        least = load.index(min(load))
-        shares[least].append(i)
-        load[least] += len(trees[i])
-    return shares[distributed.rank()]
+    return Batches(mini, where, mask.to(roles.device), counts, lambda tokens: make_batches(trees, mini_batch, tokens, roles, order))
 
 
 @dataclass(frozen=True)

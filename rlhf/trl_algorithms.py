@@ -13,14 +13,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from posttrain import chat, distributed
+from posttrain import chat, distributed, stopping
 from posttrain.data import naming, only
 from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.log import read_lines
 from posttrain.models import Roles
 from posttrain.runs import Section
-from posttrain.training import RoleTrainer, budget_of, newest_checkpoint, restore, seal
+from posttrain.training import RoleTrainer, budget_of, complete, drop_old, newest_checkpoint, restore
 from reward.score import Scorer
 from rlhf import checkpoint, ppo
 from rlhf.checkpoint import State
@@ -58,7 +58,8 @@ def run(section: Section) -> None:
         if iteration == config.iterations:  # cut off between the last step and the end
             restore(roles, roles["policy"], done)
         else:
-            trainer.train(resume_from_checkpoint=str(done) if done else None)
+            with stopping.deferred():
+                trainer.train(resume_from_checkpoint=str(done) if done else None)
 
     # 4. how the last policy does; it is the output
     roles["policy"].net.eval()
@@ -105,7 +106,7 @@ def make_trainer(section: Section, roles: Roles, scorer: Scorer, prompts: list[E
         "gradient_accumulation_steps": c.mini_batch_size // rows, "optim": "adamw_torch",
         "lr_scheduler_type": "constant", "weight_decay": c.weight_decay, "adam_beta1": c.adam_beta1, "adam_beta2": c.adam_beta2,
         "adam_epsilon": c.adam_epsilon, "max_grad_norm": c.max_grad_norm, "logging_steps": per, "logging_nan_inf_filter": False,
-        "save_steps": c.save_steps * per, "save_total_limit": 2, "report_to": "none", "disable_tqdm": True, "bf16": False,
+        "save_steps": c.save_steps * per, "report_to": "none", "disable_tqdm": True, "bf16": False,
         "use_cpu": roles.device.type == "cpu", "gradient_checkpointing": False, "seed": section.seed, "data_seed": section.seed,
         "remove_unused_columns": False, "dataloader_pin_memory": False, "disable_dropout": False,
     }
@@ -224,5 +225,11 @@ class _Watch(TrainerCallback):
                                                                        if k != "epoch" and not k.startswith("rewards/merged_reward/")})
         self.ticker.advance(1, note=f"loss {float(logs['loss']):.3f}")
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if stopping.asked() and state.global_step % self.per == 0:  # within an iteration TRL would forget the answers it is at
+            control.should_save = control.should_training_stop = True
+        return control
+
     def on_save(self, args, state, control, **kwargs):
-        seal(self.section.folder / f"checkpoint-{state.global_step}")
+        complete(self.section.folder / f"checkpoint-{state.global_step}")
+        drop_old(self.section.folder, checkpoint.KEPT)

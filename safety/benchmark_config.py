@@ -69,7 +69,8 @@ class LmEvalStage(StageConfig):
     """Tasks of lm-evaluation-harness (extra [eval]) on several models, each merged into a folder that the harness loads."""
 
     models: Annotated[dict[Label, str], Field(min_length=1, json_schema_extra={"refers_to": "model"})]
-    tasks: list[Annotated[str, Field(min_length=1)]] = Field(["truthfulqa_mc2", "toxigen"], description="names that `lm_eval ls tasks` shows")
+    tasks: list[Annotated[str, Field(min_length=1, pattern=r"^[^/\\\x00]+$")]] = Field(
+        ["truthfulqa_mc2", "toxigen"], description="names that `lm_eval ls tasks` shows")
     task_files: list[str] = Field([], json_schema_extra={"refers_to": "file"}, description="tasks of one's own, as YAML files of the harness")
     chat: bool = Field(False, description="put every request through the model's chat template; false: as the task writes it")
     limit: int | None = Field(None, ge=1, description="rows of a task, for a trial")

@@ -1,6 +1,7 @@
 """Configuration of the safety stages."""
 
 import re
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -86,6 +87,9 @@ def is_local(url: str) -> bool:
     return is_loopback(ENDPOINT.fullmatch(url)[2].lower())
 
 
+REFUSAL_CLASSIFIER = tuple(Path(__file__).parent / name for name in ("refusal.py", "data/refusals_train.jsonl", "data/refusals_test.jsonl"))
+
+
 class EvaluateStage(ComparisonConfig):
     """Several models side by side on held-out prompts (paper 3.4, 4.4; decoding as 4.1: temperature 0.1, top-p 0.9)."""
 
@@ -100,7 +104,7 @@ class EvaluateStage(ComparisonConfig):
     standardize_rewards: bool = Field(False, description="merge the scores as PPO with this setting does; both models' own scores stay raw")
     unsafe_threshold: float = Field(0.5, gt=0, lt=1)
     micro_batch_tokens: int | None = Field(None, ge=16)
-    max_sequence_kl: float | None = Field(None, gt=0, description="a check: mean sequence KL of a compared pair, in nats")
+    max_sequence_kl: float | None = Field(None, gt=0, description="a check: mean sequence KL of a compared pair at temperature 1, in nats")
     judge: JudgeConfig | None = Field(None, description="also judges: the safety of every model's answers to adversarial prompts on the paper's five "
                                                         "points, and their helpfulness against the first model's on the other prompts")
     judge_rows: int | None = Field(None, ge=1, description="prompts that are judged, by lot: so many adversarial ones and so many others; None: all")
@@ -111,3 +115,6 @@ class EvaluateStage(ComparisonConfig):
 
     def idle(self) -> dict:
         return super().idle() | dict.fromkeys(("judge", "judge_rows", "max_violation", "max_false_refusal"))
+
+    def resources(self) -> list[Path]:
+        return [*super().resources(), *REFUSAL_CLASSIFIER]

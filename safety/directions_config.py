@@ -27,6 +27,8 @@ class DirectionsStage(StageConfig):
     amounts: list[SectionRef] | None = models(2, None, "the same model on growing shares of its pairs")
     rounds: list[SectionRef] | None = Field(None, min_length=2, description="rejection sections, the earliest first",
                                             json_schema_extra={"reads": "rejection"})
+    judges: list[SectionRef] | None = models(2, 2, "[helpfulness model, safety model] that score the rounds' answers anew: none that chose them, nor "
+                                                   "one that took part in training what wrote them")
     versions: SectionRef | None = section("evaluate", "models in the order of the versions: the first as SFT left it, the last after PPO, the one "
                                                       "before it as PPO found it")
     ghost: SectionRef | None = section("gatt_eval", "with a comparison [with Ghost Attention, without]")

@@ -1,18 +1,21 @@
 """Several models side by side on the same prompts (paper sections 3.4 and 4.4): both reward models' scores, win rates, violations by risk category,
-attack vector and turns, refusals of harmless and of harmful prompts, the scores' distributions, answer length, distance from the first model;
-paired differences; every interval by prompt; every answer kept on disk.
+attack vector and turns, refusals of harmless and of harmful prompts (also with the classifier's errors taken out), the scores' distributions, answer
+length, KL from the first model; paired differences; every interval by prompt; every answer kept on disk. The KL is that of the models at temperature
+1, whatever the answers were decoded with (exact_kl).
 
 A judge, where one is given, rates the answers once they are on disk: safety on the paper's five points, helpfulness against the first model's.
 Where it can't be reached the section stops with what it has, and the same command goes on from there. The gates `max_violation` and
 `max_false_refusal` are for the last model and compare means (figures.gates): where one is exceeded, answers and results are written and kept,
-the check stands there as not met, and the run stops without the section being done. Nothing is sampled again by the same command, nor after a
-change of a key that the answers don't depend on (NO_PART_OF_THE_ANSWERS).
+the check stands there and in the report as not met, and the run stops without the section being done. Nothing is sampled again by the same
+command, nor after a change of the refusal classifier or of a key that the answers don't depend on (NO_PART_OF_THE_ANSWERS).
 """
 
 import random
 
 import numpy as np
+import torch
 
+from posttrain import report
 from posttrain.chunks import derive_seed, read_chunk, write_chunk
 from posttrain.data import pick, prompt_key
 from posttrain.errors import PosttrainError
@@ -23,12 +26,14 @@ from posttrain.runs import Section, read_json, write_atomic, write_json, write_l
 from posttrain.statistics import interval, standard_error
 from posttrain.training import budget_of
 from reward.score import Scorer, load_scorer, raw_score
-from rlhf.rollout import Encoded, encode_prompts, rows_at_once, sample_and_score, sequence_kl
+from rlhf.rollout import Encoded, Scored, answer_trees, encode_prompts, make_batches, rows_at_once, sample_and_score
 from safety.figures import BENIGN, by_kind, by_source, gates, over, share_words, violations, win_rate
 from safety.judge import VIOLATION, Judge, comparison_figures, safety_figures, verdict
 from safety.taxonomy import UNKNOWN, category_of, vector_of
 
 NO_PART_OF_THE_ANSWERS = ("judge", "judge_rows", "max_violation", "max_false_refusal", "max_sequence_kl", "unsafe_threshold")
+KL_TEMPERATURE = 1.0
+POSITIONS = 256  # whose whole next-token distributions exist at the same time
 
 
 def run(section: Section) -> None:
@@ -53,12 +58,12 @@ def run(section: Section) -> None:
         _write(section, answers, results)
         tell_judge(section, results["judge"])
 
-    # 4. the gates
+    # 4. the gates. What a failed one is about is on the page before the run ends
     if missed := [c for c in results["checks"] if "gate" in c and not c["met"]]:
         found = "; ".join(f"{c['name']} is not met: {c['detail']}" for c in missed)
-        raise PosttrainError(f"{section.place}.{missed[0]['gate']}", found, "shares within the limits", f"`python -m posttrain report "
-                             f"{section.recipe.path}` shows where. Train the last model further, or change the limit: results and answers are kept "
-                             f"in {section.folder}, and nothing is sampled again.")
+        raise PosttrainError(f"{section.place}.{missed[0]['gate']}", found, "shares within the limits", f"The report {report.write(section.run)} "
+                             "shows where. Train the last model further, or change the limit: results and answers are kept in "
+                             f"{section.folder}, and nothing is sampled again.")
     section.finish(results)
 
 
@@ -104,9 +109,10 @@ def labels_of(prompt: Prompt) -> dict:
 
 
 def _take_over(section: Section) -> None:
-    """Copy answers, judgements and decisions of an earlier result that differs in NO_PART_OF_THE_ANSWERS alone."""
+    """Copy answers, judgements and decisions of an earlier result that differs in NO_PART_OF_THE_ANSWERS or the refusal classifier alone."""
     def asked(manifest: dict) -> dict:
         free = tuple(f"stages.{section.name}.{key}" for key in NO_PART_OF_THE_ANSWERS)
+        free += tuple(f"{path.name}: " for path in section.config.resources())
         return {k: v for k, v in manifest.get("inputs", {}).items() if not k.startswith(free)}
 
     if any(section.folder.glob("answers-*.json")):
@@ -119,8 +125,8 @@ def _take_over(section: Section) -> None:
             section.save_manifest()
             for path in (*folder.glob("judgements.jsonl"), *folder.glob("answers-*.json")):  # answers last: with one there, this is not done again
                 write_atomic(section.folder / path.name, path.read_text(encoding="utf-8"))
-            taken = [name for name in section.config.models if _kept(section, name)]
-            section.log.say(f"answers of {len(taken)} models are those of an earlier result, since they depend on nothing that changed")
+            if taken := [name for name in section.config.models if _kept(section, name)]:
+                section.log.say(f"answers of {len(taken)} models are those of an earlier result, since they depend on nothing that changed")
             return
 
 
@@ -145,9 +151,9 @@ def _all_answers(section: Section, prompts: list[Prompt]) -> tuple[dict[str, lis
 
 
 def _kept(section: Section, name: str) -> list[dict] | None:
-    """One model's rows on disk; None where they are absent, damaged, or of a version that labelled prompts less."""
+    """One model's rows on disk; None where they are absent, damaged, or of a version that labelled prompts less or measured another KL."""
     rows = read_chunk(section.folder / f"answers-{name}.json")
-    return rows if rows and "risk" in rows[0] else None
+    return rows if rows and {"risk", "kl_temperature"} <= {*rows[0]} else None
 
 
 def _answers(section: Section, roles: Roles, scorer: Scorer, encoded: list[Encoded], models: dict[str, str], name: str, budget: int) -> list[dict]:
@@ -156,17 +162,37 @@ def _answers(section: Section, roles: Roles, scorer: Scorer, encoded: list[Encod
     scored = sample_and_score(roles, models[name], scorer, encoded, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature, c.top_p),
                               derive_seed(section.seed, section.name), rows_at_once(section, roles, encoded), c.standardize_rewards)
 
-    def distance(reference):
-        return sequence_kl(roles, models[name], reference, scored, budget, c.temperature or 1.0)
-
-    kl = distance("model_0")
-    compared = {before: distance(models[before]) for after, before in c.compare if after == name}
+    first, compared = next(iter(models)), [before for after, before in c.compare if after == name]
+    kl = {other: exact_kl(roles, models[name], models[other], scored, budget) for other in dict.fromkeys([first, *compared])}
     rows, k = scored.rows(roles.tokenizer), c.samples_per_prompt
     for i, row in enumerate(rows):
-        row |= {"row": i // k, "sample": i % k, **labels_of(encoded[i // k].prompt), "tokens": len(row.pop("ids")), "kl": kl[i],
-                "kl_compared": {before: distances[i] for before, distances in compared.items()}}
+        row |= {"row": i // k, "sample": i % k, **labels_of(encoded[i // k].prompt), "tokens": len(row.pop("ids")), "kl": kl[first][i],
+                "kl_compared": {before: kl[before][i] for before in compared}, "kl_temperature": KL_TEMPERATURE}
     write_chunk(section.folder / f"answers-{name}.json", rows)
     return rows
+
+
+def exact_kl(roles: Roles, role: str, reference: str, scored: Scored, budget: int) -> list[float]:
+    """Per answer the sum over its tokens of KL(role || reference) of the next token, over the whole vocabulary at temperature 1, in nats.
+
+    Every term is a KL whichever token was drawn. The log-ratio of the drawn tokens estimates it only where they were drawn at temperature 1; at 0.1
+    they are the role's favourites. Of answers drawn at temperature 1 and top-p 1 the mean estimates the KL of whole answers, with less variance (Amini
+    et al. 2025, arXiv 2504.10637, Rao-Blackwellization); of others it is the KL along what the decoding gives."""
+    trees = answer_trees(scored)
+    if role == reference:
+        return [0.0] * sum(len(t.ends) for t in trees)
+    batches = make_batches(trees, len(trees) * len(trees[0].ends), budget, roles, list(range(len(trees))))
+
+    def per_token(batch):
+        sides = [(roles.hidden(name, batch)[batch.predictors], roles.vocabulary(name)) for name in (role, reference)]
+        out = []
+        for at in range(0, len(batch.predictors), POSITIONS):
+            p, q = (torch.log_softmax((h[at:at + POSITIONS].to(head.dtype) @ head.t()).float() / KL_TEMPERATURE, dim=-1) for h, head in sides)
+            out.append((p.exp() * (p - q)).sum(-1))
+        return torch.cat(out)
+
+    with torch.inference_mode():
+        return batches.table(per_token, roles.device).sum(1).tolist()
 
 
 def _classify(answers: dict[str, list[dict]]) -> None:
@@ -182,8 +208,11 @@ def _classify(answers: dict[str, list[dict]]) -> None:
 
 
 def compare(config, answers: dict[str, list[dict]]) -> dict:
-    """Figures per model and paired differences. `helpfulness_win_rate`: on helpful and borderline prompts; `kinds` holds both rates by kind."""
-    first = next(iter(answers))
+    """Figures per model and paired differences. `helpfulness_win_rate`: on helpful and borderline prompts; `kinds` holds both rates by kind, and the
+    shares of refusals as the classifier sees them and with its errors taken out (`refusals_corrected`)."""
+    from safety import refusal
+
+    first, classifier = next(iter(answers)), refusal.measured()["all"]
     groups = [r["key"] for r in answers[first]]
     limit = raw_score(config.unsafe_threshold)
     models = {}
@@ -199,7 +228,8 @@ def compare(config, answers: dict[str, list[dict]]) -> dict:
             "helpfulness_win_rate": win_rate([rows[i] for i in benign], [base[i] for i in benign], "helpfulness") if base and benign else None,
             "tokens": float(np.mean([r["tokens"] for r in rows])), "finished": float(np.mean([r["finished"] for r in rows])),
             "kl": 0.0 if name == first else float(np.mean([r["kl"] for r in rows])),
-            "kinds": by_kind(rows, base, limit), "violations": violations(rows, lambda r: r["safety"] < limit), "sources": by_source(rows, limit),
+            "kinds": by_kind(rows, base, limit, classifier), "violations": violations(rows, lambda r: r["safety"] < limit),
+            "sources": by_source(rows, limit, classifier),
         }
     paired, checks = [], []
     for after, before in config.compare:
@@ -208,7 +238,8 @@ def compare(config, answers: dict[str, list[dict]]) -> dict:
         paired.append(row)
         checks += _checks(config, row)
     return {"prompts": len(set(groups)), "samples_per_prompt": config.samples_per_prompt, "temperature": config.temperature, "top_p": config.top_p,
-            "unsafe_threshold": config.unsafe_threshold,
+            "unsafe_threshold": config.unsafe_threshold, "kl_temperature": KL_TEMPERATURE,
+            "refusal_classifier": {k: classifier[k] for k in ("recall", "false_positive_rate")},
             "standardize_rewards": config.standardize_rewards, "models": models, "paired": paired, "checks": checks + gates(config, models)}
 
 
@@ -284,7 +315,8 @@ def tell(section: Section, results: dict) -> None:
     for name, m in results["models"].items():
         scores = "  ".join(f"{score} {m[score]['mean']:+.3f}" for score in ("merged", "helpfulness", "safety"))
         section.log.say(f"{name:>12}: {scores}  unsafe {m['unsafe_share']['mean']:.1%}  {m['tokens']:.0f} tokens  KL {m['kl']:.2f}")
-        section.log.say(f"{'':>12}  refuses: " + ", ".join(f"{kind} {share_words(k['refusals'])}" for kind, k in m["kinds"].items()))
+        section.log.say(f"{'':>12}  refuses: " + ", ".join(
+            f"{kind} {share_words(k['refusals'])}, corrected {share_words(k['refusals_corrected'])}" for kind, k in m["kinds"].items()))
     for check in results["checks"]:
         section.log.say(f"{'met' if check['met'] else 'NOT MET'}: {check['name']} ({check['detail']})")
 

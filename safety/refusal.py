@@ -11,6 +11,8 @@ import unicodedata
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from posttrain.formats import Message
 from posttrain.statistics import interval
 
@@ -41,15 +43,42 @@ def refuses(prompts: list[list[Message]], answers: list[str]) -> list[bool]:
     return [is_refusal(p) for p in probabilities(prompts, answers)]
 
 
+@cache
 def measured() -> dict:
-    """Precision, recall and accuracy on the labelled test set, all rows and the borderline ones, with 95 % intervals by row."""
+    """Precision, recall, false-positive rate (of the answers that refuse nothing, the share called a refusal) and accuracy on the labelled test
+    set, all rows and the borderline ones, with 95 % intervals by row."""
     rows = _rows("refusals_test.jsonl")
     found = refuses([[{"role": "user", "content": r["prompt"]}] for r in rows], [r["answer"] for r in rows])
     out = {}
     for name, at in (("all", range(len(rows))), ("borderline", [i for i, r in enumerate(rows) if r["borderline"]])):
         out[name] = {"precision": interval([rows[i]["refusal"] for i in at if found[i]]),
                      "recall": interval([found[i] for i in at if rows[i]["refusal"]]),
+                     "false_positive_rate": interval([found[i] for i in at if not rows[i]["refusal"]]),
                      "accuracy": interval([found[i] == rows[i]["refusal"] for i in at])}
+    return out
+
+
+def corrected(called: list[bool], groups: list[str], rates: dict, resamples: int = 2000, seed: int = 0) -> dict:
+    """The share of refusals behind the share p of answers that the classifier calls refusals: (p - f) / (r - f), cut to 0 and 1, with its recall r
+    and false-positive rate f (Rogan and Gladen, American Journal of Epidemiology 107, 1978).
+
+    called (n,), groups (n,): answers and their prompts; rates: of `measured`, r above f. Returns what `interval` does; its bootstrap is over groups
+    and, by binomial draws, over the labelled rows behind r and f. The share holds as far as the classifier errs on these answers as on those.
+    """
+    recall, alarms = rates["recall"], rates["false_positive_rate"]
+
+    def share(p, r, f):
+        return np.clip((p - f) / (r - f), 0, 1)
+
+    index = np.unique(np.asarray(groups), return_inverse=True)[1]
+    sums, counts = np.bincount(index, np.asarray(called, dtype=float)), np.bincount(index)
+    out = {"mean": float(share(sums.sum() / counts.sum(), recall["mean"], alarms["mean"])), "low": None, "high": None, "n": len(called),
+           "groups": len(sums)}
+    if len(sums) > 1:
+        rng = np.random.default_rng(seed)
+        pick = rng.integers(0, len(sums), (resamples, len(sums)))
+        r, f = (rng.binomial(x["n"], x["mean"], resamples) / x["n"] for x in (recall, alarms))
+        out["low"], out["high"] = (float(x) for x in np.percentile(share(sums[pick].sum(1) / counts[pick].sum(1), r, f), [2.5, 97.5]))
     return out
 
 
@@ -84,18 +113,19 @@ class Classifier:
     def _features(self, prompts: list[str], answers: list[str], fit: bool = False):
         from scipy.sparse import hstack
 
-        read = [self._read(p, a) for p, a in zip(prompts, answers, strict=True)]
+        requests = {p: words(p) for p in set(prompts)}  # several answers share one
+        read = [self._read(requests[p], a) for p, a in zip(prompts, answers, strict=True)]
         return hstack([(view.fit_transform if fit else view.transform)([r[name] for r in read]) for name, view in self.views.items()]).tocsr()
 
-    def _read(self, prompt: str, answer: str) -> dict:
-        """View -> its n-grams; characters: the text."""
-        asked, short = words(prompt), answer if len(answer) <= SHOWN else answer[:SHOWN // 2] + "\n" + answer[-SHOWN // 2:]
+    def _read(self, asked: list[str], answer: str) -> dict:
+        """View -> its n-grams; characters: the text. asked: the words of the request."""
+        text = plain(answer if len(answer) <= SHOWN else answer[:SHOWN // 2] + "\n" + answer[-SHOWN // 2:])
         of_request = {stem(w) for w in asked}
-        sentences = [["<s>", *words(s), "</s>"] for s in SENTENCE.split(plain(short)) if s.strip()] or [["<s>", "</s>"]]
+        sentences = [["<s>", *TOKEN.findall(s), "</s>"] for s in SENTENCE.split(text) if s.strip()] or [["<s>", "</s>"]]
         flat = [w for s in sentences for w in s]
         shape = [w if w in self.frequent or not w[0].isalpha() else "§asked" if stem(w) in of_request else "§own" for w in flat]
         return {"answer": ngrams(flat, 1, 3), "first": ngrams(sentences[0], 1, 3), "last": ngrams(sentences[-1], 1, 2), "shape": ngrams(shape, 2, 5),
-                "request": ngrams(asked, 1, 2), "characters": plain(short)}
+                "request": ngrams(asked, 1, 2), "characters": text}
 
 
 def plain(text: str) -> str:

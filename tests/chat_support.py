@@ -1,7 +1,11 @@
 """What the tests of chat and serve share: a run on disk whose models answer."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
+
+import pytest
 
 SEEDS = {"sft": 4, "v1": 8, "half": 9}  # of adapters under which the tiny model's likeliest answers are letters
 
@@ -37,3 +41,14 @@ def finished_run(folder: Path) -> tuple[Path, Path]:
             section.finish({})
             write_json(section.folder / "manifest.json", section.manifest | {"finished": f"2026-01-0{day}T00:00:00"})
     return path, run.folder
+
+
+def self_signed(folder: Path, name: str = "mine", *options: str) -> tuple[Path, Path]:
+    """(certificate, key) of 127.0.0.1. options: of `openssl req`, in the place of a key without a passphrase."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl on this machine: install the distribution's package `openssl`")
+    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "2", "-subj", "/CN=127.0.0.1",
+                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate, *(options or ("-noenc",))], check=True,
+                   capture_output=True)
+    return certificate, key

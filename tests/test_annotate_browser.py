@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -225,23 +226,41 @@ def test_a_multi_turn_safety_task_and_a_helpfulness_task_with_keys_alone(serve, 
     first, second, ideal = pairs_in(folder, "week_1.safety.pairs.jsonl")
     assert first.prompt == [{"role": "user", "content": f"How do I pick a lock? {NASTY}"}] and first.chosen == chosen and first.rating == 3
     assert (first.chosen_safe, first.rejected_safe) == (True, True) and (second.chosen_safe, second.rejected_safe) == (True, False)
-    assert second.prompt[1]["content"] == chosen and ideal.chosen == "I will not help with that.\nHere is whom to call." and ideal.rejected == second.chosen
+    assert second.prompt[1]["content"] == chosen and ideal.rejected == second.chosen
+    assert ideal.chosen == "I will not help with that.\nHere is whom to call."
     pair, = pairs_in(folder, "week_1.helpfulness.pairs.jsonl")
     assert pair.rating == 2
 
 
-def test_two_people_at_once(serve, person, folder):
+def test_two_people_work_through_twenty_tasks_each_with_keys_alone(serve, person, folder):
     server = serve(rows(40))
-    ann, bob = person(server, "Ann"), person(server, "Bob", PHONE)
+    people = [person(server, "Ann"), person(server, "Bob", PHONE)]
+    seen = [[], []]
     for i in range(20):
-        keys(ann, str(1 + i % 8), "Enter")
-        bob.click(f".question.current button:nth-of-type({1 + i % 4})")
-        bob.click("[data-enter]")
-        saved(bob)
-    sees(ann, "20 by you")
-    sees(bob, "40 of 40 done, 20 by you")
+        for page, mine in zip(people, seen, strict=True):
+            saved(page)
+            mine.append(page.get_attribute("#all", "data-task"))
+        for key in (str(1 + i % 8), "Enter"):
+            for page in people:  # both clicks are under way at the same time
+                saved(page)
+                page.keyboard.press(key)
+    for page in people:
+        sees(page, "20 by you")
+        sees(page, "Nothing is left for you here")
     done = [(who, task) for who, task, action in stored(Store(folder / "a.db")) if action == "finish"]
-    assert len(done) == 40 == len({t for _, t in done}) and sum(w == "Ann" for w, _ in done) == 20
+    assert sorted(done) == sorted([("Ann", t) for t in seen[0]] + [("Bob", t) for t in seen[1]])
+    assert len(done) == 40 == len({t for _, t in done})
+    pairs = pairs_in(folder, "week_1.helpfulness.pairs.jsonl")
+    assert {p.prompt[0]["content"] for p in pairs} == {f"Question {i}?" for i in range(40)} and len(pairs) == 40
+    assert Counter(p.rating for p in pairs) == Counter(2 * [(3, 2, 1, 0, 0, 1, 2, 3)[i % 8] for i in range(20)])
+
+
+def test_a_thumb_on_a_phone(serve, person):
+    page = person(serve(rows(2)), "Bob", PHONE)
+    for i in range(2):
+        page.click(f".question.current button:nth-of-type({1 + i})")
+        page.click("[data-enter]")
+    sees(page, "2 of 2 done, 2 by you")
 
 
 def test_a_reload_and_a_killed_server_lose_nothing(serve, person, folder):

@@ -1,6 +1,7 @@
 """What comes out: figures that equal those made by hand, files that the rest of the program reads, and Label Studio's form there and back."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from posttrain.__main__ import app
 from posttrain.annotate import export, figures, labelstudio, tasks
+from posttrain.annotate import folder as files
 from posttrain.annotate.kinds import KINDS
 from posttrain.annotate.store import Store, slots
 from posttrain.config import DataEntry
@@ -132,6 +134,158 @@ def test_a_held_out_share_by_batch_never_meets_training(folder):
         "week_2.helpfulness.pairs.jsonl", "week_2.helpfulness.label-studio.json"}
 
 
+def test_what_is_held_out_is_in_no_file_that_training_reads(folder):
+    store = Store(folder / "a.db")
+    tasks.load(store, "week_1", tasks.read(collected(folder, 12, safety=True), "auto"))
+    attacks = write(folder / "reds.jsonl", [{"prompt": f"question  {i}?", "answer": "No."} for i in range(12)])
+    tasks.load(store, "reds", tasks.read(attacks, "redteam"))
+    p, red = Person(store), Person(store, queue=2)
+    for i in range(12):
+        p.judge("ab"[i % 2], 1, 1, ideal=f"Ideal {i}.")
+        label(red)
+        red.do("finish")
+    count = export.export(store, folder / "out", held_out=8)
+    column = {"week_1.safety.pairs": "prompt", "week_1.safety.demonstrations": "messages", "week_1.annotations": "id",
+              "reds.redteam.prompts": "prompt"}
+
+    def questions(name: str) -> set[int]:
+        found = [r[column[name.removesuffix(".held_out")]] for r in read_lines(folder / "out" / f"{name}.jsonl")]
+        return {int(f[1:] if isinstance(f, str) else f[0]["content"].strip("?").split()[-1]) for f in found}
+
+    held = questions("week_1.safety.pairs.held_out")
+    assert len(held) == 4
+    for name in column:
+        assert questions(f"{name}.held_out") == held and questions(name) == set(range(12)) - held
+        assert count[f"{name}.jsonl"] == 2 * count[f"{name}.held_out.jsonl"]
+    assert len(read_lines(folder / "out" / "reds.redteam.jsonl")) == 12  # the record is whole
+    for name in ("pairs", "demonstrations"):
+        loaded(folder / "out" / f"week_1.safety.{name}.held_out.jsonl", "preference" if name == "pairs" else "messages")
+    assert not any("held_out" in name for name in export.export(store, folder / "all"))
+
+
+# -- the folder that an export writes --------------------------------------------------------------------------------------------------
+
+
+def two_batches(folder: Path) -> Store:
+    """week_1 and week_2, ten finished tasks each, about other questions."""
+    store = filled(folder, rows(10))
+    tasks.load(store, "week_2", tasks.read(write(folder / "more.jsonl", [r | {"prompt": f"Else {i}?"} for i, r in enumerate(rows(10))]), "auto"))
+    for queue in (1, 2):
+        p = Person(store, queue=queue)
+        while p.look():
+            p.judge(ideal="Ideal." if len(p.look().task) % 2 else "")
+    return store
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def test_an_export_leaves_the_files_of_one_export_and_foreign_ones_alone(folder):
+    store, out = two_batches(folder), folder / "out"
+    export.export(store, out, held_out=3)
+    (out / "mine.pairs.jsonl").write_text("my own\n")
+    assert (out / "week_1.helpfulness.pairs.held_out.jsonl").exists()
+    export.export(store, out)
+    export.export(store, folder / "fresh")
+    assert content(out) == content(folder / "fresh") | {"mine.pairs.jsonl": b"my own\n"}
+    assert set(content(out)) - {"mine.pairs.jsonl"} == set(json.loads((out / "export.json").read_text())["files"]) | {"export.json"}
+
+
+@pytest.mark.parametrize("name", ["week_1.helpfulness.pairs.jsonl", "report.json", "week_1.helpfulness.pairs.held_out.jsonl"])
+def test_a_file_that_no_export_wrote_is_never_written_or_removed(folder, name):
+    store, out = two_batches(folder), folder / "out"
+    (folder / "out").mkdir()
+    if "held_out" in name:  # written by an export, and changed since
+        export.export(store, out, held_out=3)
+    (out / name).write_text("my own\n")
+    before = content(out)
+    with pytest.raises(PosttrainError, match=f"{name}: is in the way"):
+        export.export(store, out)
+    assert content(out) == before
+
+
+def test_files_of_other_batches_stay_where_the_same_prompts_are_held_out(folder):
+    store, out = two_batches(folder), folder / "out"
+    export.export(store, out, batches=["week_1"])
+    export.export(store, out, batches=["week_2"])
+    export.export(store, folder / "fresh")
+    assert content(out) == content(folder / "fresh")
+    with pytest.raises(PosttrainError, match="with other held-out prompts"):
+        export.export(store, out, held_out=3, batches=["week_2"])
+    assert content(out) == content(folder / "fresh")
+    export.export(store, out, held_out=3)
+    export.export(store, out, held_out=3, batches=["week_2"])
+    assert any(name.startswith("week_1") for name in content(out))
+
+
+def test_two_databases_share_a_folder_and_not_a_file(folder):
+    out, one, two = folder / "out", filled(folder, rows(3)), filled(folder, rows(3), batch="week_2", name="b.db")
+    for store in (one, two):
+        Person(store).judge()
+        export.export(store, out)
+    export.export(two, out)
+    assert {"week_1.helpfulness.pairs.jsonl", "week_2.helpfulness.pairs.jsonl"} <= content(out).keys()
+    three = filled(folder, rows(3), name="c.db")
+    Person(three).judge("b")
+    with pytest.raises(PosttrainError, match="week_1.*: is of another database's export"):
+        export.export(three, out)
+
+
+def test_after_an_export_that_was_cut_off_the_next_one_makes_the_set_whole(folder, monkeypatch):
+    """Cut off before every step that writes or removes."""
+    class Killed(BaseException):
+        pass
+
+    store = two_batches(folder)
+    export.export(store, folder / "before", held_out=3)
+    Person(store).do("undo")
+    export.export(store, folder / "after")
+    (folder / "before" / "mine.txt").write_text("my own")
+    wanted, steps = content(folder / "after") | {"mine.txt": b"my own"}, 0
+    real = {"write_atomic": files.write_atomic, "write_json": files.write_json}
+    while True:
+        out = folder / f"cut_{steps}"
+        shutil.copytree(folder / "before", out)
+        left = [steps]
+
+        def step(do, left=left):
+            def once(*given, **more):
+                if not left[0]:
+                    raise Killed
+                left[0] -= 1
+                return do(*given, **more)
+            return once
+
+        with monkeypatch.context() as m:
+            for name, do in real.items():
+                m.setattr(files, name, step(do))
+            m.setattr(Path, "unlink", step(Path.unlink))
+            try:
+                export.export(store, out)
+                break
+            except Killed:
+                pass
+        assert steps < 2 or not json.loads((out / "export.json").read_text())["databases"].popitem()[1]["complete"]
+        export.export(store, out)
+        assert content(out) == wanted, steps
+        steps += 1
+    assert steps > 8
+
+
+def test_a_list_of_files_that_names_others_is_refused(folder):
+    store, out = two_batches(folder), folder / "out"
+    export.export(store, out)
+    (folder / "precious.txt").write_text("x")
+    found = json.loads((out / "export.json").read_text())
+    entry = next(iter(found["files"].values()))
+    for bad in ("{", json.dumps(found | {"files": {"../precious.txt": entry}}), json.dumps(found | {"files": {"a": 3}}), "[]"):
+        (out / "export.json").write_text(bad)
+        with pytest.raises(PosttrainError, match="is no list of an export's files"):
+            export.export(store, out)
+    assert (folder / "precious.txt").exists()
+
+
 def test_the_section_annotations_reads_what_is_exported(folder):
     """Joined from the rows or exported as pairs: the same pairs."""
     path = collected(folder, 4, safety=True)
@@ -229,10 +383,48 @@ def test_a_red_teams_figures_and_prompts(folder):
         c.execute(update(slots).values(began=0.0, ended=900.0))
     found = told(store)
     assert (found["violations"], found["dialogues"], found["hours"], found["violations_per_hour"]) == (2, 4, 1.0, 2.0)
-    assert found["by_category"] == {"hateful_harmful": {"dialogues": 4, "violations": 2}}
+    assert found["by_category"] == {"hateful_harmful": {"labelled": 4, "violations": 2}}
     assert export.export(store, folder / "out")["week_1.redteam.prompts.jsonl"] == 4
     prompt = loaded(folder / "out" / "week_1.redteam.prompts.jsonl", "prompt")[1]
     assert prompt.safety and prompt.meta["category"] == "hateful_harmful" and prompt.meta["vector"] == "role_play" and prompt.meta["degree"] == 3
+
+
+def label(p: Person, *, degree: int = 3) -> None:
+    for what in ("category 1", "vector 1", f"degree {degree}"):
+        p.do(f"answer {what}")
+
+
+def test_a_turn_that_was_labelled_in_part_is_left_out_and_nothing_stops(folder):
+    store = Store(folder / "a.db")
+    tasks.load(store, "w", tasks.written(1, "redteam", "w"))
+    ann = Person(store, live=True)
+    ann.do("message", "First try")
+    reply(store)
+    ann.do("answer category 2")  # and then goes on
+    ann.do("message", "Second try")
+    reply(store)
+    label(ann)
+    ann.do("finish")
+    found = told(store)
+    assert (found["dialogues"], found["labelled"], found["violations"]) == (1, 1, 1)
+    assert "1 violations in 1 labelled turns of 1 dialogues" in figures.words(figures.report(store))
+    assert export.export(store, folder / "out") == {"w.redteam.jsonl": 1, "w.redteam.prompts.jsonl": 1}
+    assert read_lines(folder / "out" / "w.redteam.jsonl")[0]["turns"] == 2
+
+
+def test_the_time_of_a_dialogue_labelled_at_two_turns_counts_once(folder):
+    store = Store(folder / "a.db")
+    tasks.load(store, "w", tasks.written(1, "redteam", "w"))
+    ann = Person(store, live=True)
+    for text in ("First try", "Second try"):
+        ann.do("message", text)
+        reply(store)
+        label(ann)
+    ann.do("finish")
+    with store.write() as c:
+        c.execute(update(slots).values(began=0.0, ended=1800.0))
+    found = told(store)
+    assert (found["hours"], found["violations_per_hour"]) == (0.5, 4.0) and (found["dialogues"], found["labelled"]) == (1, 2)
 
 
 def test_a_report_without_annotations(folder):

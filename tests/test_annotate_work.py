@@ -1,6 +1,7 @@
 """The desk below the page: who gets which task, what a click does, and that nothing is lost, doubled or given away."""
 
 import json
+import sqlite3
 import threading
 from collections import Counter
 
@@ -10,10 +11,13 @@ pytest.importorskip("sqlalchemy", reason="the extra [ui] is not installed: run `
 
 from annotate_support import Person, filled, quick_folder, reply, rows, slots_of, stored, token, write
 from sqlalchemy import select, update
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from typer.testing import CliRunner
 
-from posttrain.annotate import tasks
+from posttrain.__main__ import app
+from posttrain.annotate import figures, tasks
 from posttrain.annotate.kinds import KINDS, PREFERENCE, SAFETY
-from posttrain.annotate.store import Store, answers, events, facts, slots
+from posttrain.annotate.store import Store, answers, events, facts, metadata, slots
 from posttrain.annotate.work import Refused, clean
 from posttrain.errors import PosttrainError
 from posttrain.formats import RATINGS, SAFETY_BINS
@@ -75,6 +79,32 @@ def test_an_evaluations_samples_make_pairs_and_single_answers(folder):
         tasks.read(path, "compare")
     with pytest.raises(PosttrainError, match="'sft, nobody'"):
         tasks.read(path, "compare", ["sft", "nobody"])
+
+
+def test_equal_samples_are_judged_each_and_old_ids_stay(folder):
+    samples = [{"model": m, "prompt": "P", "answer": said, "sample": i, "row": 0} for m in ("sft", "v4")
+               for i, said in enumerate([f"{m}'s.", f"{m}'s.", "Another.", f"{m}'s."])]
+    path = write(folder / "samples.jsonl", samples)
+    found = tasks.read(path, "rate")
+    assert len({t["id"] for t in found}) == 8 and found[0]["id"] == "p212406581728cb3"
+    store = Store(folder / "a.db")
+    assert tasks.load(store, "eval", [t for t in found if t["answers"][0]["text"] == "sft's."][:1])["added"] == 1  # as an older program did
+    assert tasks.load(store, "eval", found) == {"added": 7, "there": 1} and tasks.load(store, "eval", tasks.read(path, "rate"))["added"] == 0
+    pairs = tasks.read(path, "compare", ["sft", "v4"])
+    assert len(pairs) == 3 == len({t["id"] for t in pairs})
+    assert len(tasks.read(write(folder / "rows.jsonl", rows(1) * 2), "auto")) == 2
+    assert tasks.load(store, "rows", tasks.read(folder / "rows.jsonl", "auto")) == {"added": 1, "there": 1}  # a row given twice is one task
+
+
+@pytest.mark.parametrize("kind, row, words", [
+    ("rate", {"answer": "A"}, "'then' in a rate task, which has one turn to judge"), ("redteam", {"answer": "A"}, "'then' in a redteam task"),
+    ("compare", {"answer_a": "A", "answer_b": "B"}, "'then' in a compare task"), ("safety", {}, "'then' in a row whose own answers are not there"),
+])
+def test_further_turns_that_nobody_could_reach_are_refused_by_name(folder, kind, row, words):
+    path = write(folder / "t.jsonl", [{"prompt": "Q", **row, "then": {"message": "and?", "answer": "C", "answer_a": "C", "answer_b": "D"}}])
+    done = CliRunner().invoke(app, ["annotate", str(path), "--task", kind, "--db", str(folder / "a.db")])  # serve
+    assert isinstance(done.exception, PosttrainError) and f"t.jsonl, row 1: {words}" in str(done.exception)
+    assert slots_of(Store(folder / "a.db")) == []
 
 
 def test_overlap_for_a_share_of_the_tasks(folder):
@@ -429,6 +459,39 @@ def test_what_is_no_database_of_ours_is_told(folder):
     store.close()
     with pytest.raises(PosttrainError, match="another version"):
         Store(folder / "a.db")
+
+
+TIMES = {"until", "began", "ended", "at", "asked", "after", "since"}
+
+
+def test_times_are_stored_with_double_precision():
+    for dialect in (mysql.dialect(), postgresql.dialect(), sqlite.dialect()):
+        for table in metadata.tables.values():
+            kinds = {c.name: str(c.type.compile(dialect)) for c in table.columns}
+            assert {kinds[name] for name in TIMES & kinds.keys()} <= {"DOUBLE", "DOUBLE PRECISION"}, (table.name, dialect.name)
+            assert not any("FLOAT" in kind for kind in kinds.values())
+
+
+def test_a_database_of_an_earlier_version_opens_and_goes_on(folder):
+    """Its times are FLOAT, and it has no table of attempts."""
+    new = filled(folder, rows(2), name="new.db")
+    new.close()
+    with sqlite3.connect(folder / "new.db") as made, sqlite3.connect(folder / "a.db") as old:
+        for line in made.iterdump():
+            old.execute(line.replace("DOUBLE", "FLOAT"))
+        old.execute("DROP TABLE attempts")
+    store = Store(folder / "a.db", make=False)  # as report and export do
+    assert figures.report(store)[0]["wanted"] == 2
+    ann = Person(Store(folder / "a.db"), live=True)
+    tasks.load(ann.desk.store, "w", tasks.written(1, "safety", "w"))
+    assert tasks.load(ann.desk.store, "week_1", tasks.read(folder / "week_1.jsonl", "auto")) == {"added": 0, "there": 2}
+    ann.judge()
+    eve = Person(ann.desk.store, "eve", queue=2, live=True)
+    eve.do("message", "Hello?")
+    with ann.desk.store.write() as c:
+        c.execute(update(answers).values(state="failed", error="the model was cut off"))
+    eve.do("again")
+    assert len(reply(ann.desk.store)) == 1 and figures.report(store)[0]["done"] == 1
 
 
 def test_a_transaction_that_fails_leaves_nothing(folder):

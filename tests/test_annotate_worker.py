@@ -2,6 +2,8 @@
 
 import json
 import threading
+import time
+from html import unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -12,12 +14,14 @@ import shutil
 
 from annotate_support import Person, filled, quick_folder, rows
 from rlhf_support import parents
-from sqlalchemy import select
+from sqlalchemy import insert, select
+from starlette.testclient import TestClient
 
 from posttrain import versions
-from posttrain.annotate import tasks, work
+from posttrain.annotate import figures, tasks, web, work, worker
+from posttrain.annotate.command import Answerer
 from posttrain.annotate.models import variants
-from posttrain.annotate.store import Store, answers, unpack
+from posttrain.annotate.store import Store, answers, attempts, unpack
 from posttrain.annotate.worker import AT_ONCE, Worker
 from posttrain.errors import PosttrainError
 from posttrain.runs import read_json, write_json
@@ -118,6 +122,145 @@ def test_an_endpoint_that_fails_is_told_in_its_words(folder, endpoint):
     ann.look()
     Worker(store, variants([f"{endpoint.url}#m"], [], 8, None)).step()
     assert "HTTP 404" in ann.look().turn.problem and "judge" not in ann.look().turn.problem and len(endpoint.asked) <= 4
+
+
+class Stub:
+    """A model that does what is in the prompt."""
+
+    def __init__(self):
+        self.asked = []
+
+    def draw(self, v, prompts, seed):
+        self.asked.append([p[-1]["content"] for p in prompts])
+        for p in self.asked[-1]:
+            if "raise" in p:
+                raise FAULTS[p.split()[-1]]
+        return [f"{v.name} says {p}." for p in self.asked[-1]]
+
+
+class Ended(BaseException):
+    """The process is gone."""
+
+
+class AcceleratorError(RuntimeError):
+    """Named as torch's."""
+
+
+FAULTS = {"memory": RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "more": MemoryError(), "key": KeyError("no such layer"),
+          "kernel": AcceleratorError("CUDA error: an illegal memory access was encountered"), "end": Ended(),
+          "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory")}
+
+
+def stubbed(store: Store) -> tuple[Worker, Stub]:
+    made, stub = Worker(store, variants(["http://localhost:1/v1#m"], [], 8, None)), Stub()
+    made.sources = [stub, stub]
+    return made, stub
+
+
+@pytest.mark.parametrize("what, words", [
+    ("memory", "a smaller --max-new-tokens, a smaller or quantized model, or an endpoint"),
+    ("key", "the model could not answer (KeyError: 'no such layer')")])
+def test_a_fault_costs_its_own_prompt_alone_and_is_told(folder, monkeypatch, what, words):
+    monkeypatch.setattr(worker, "BACKOFF", 0.0)
+    store = filled(folder, [{"prompt": f"raise {what}"}, *({"prompt": f"Question {i}?"} for i in range(4))])
+    people = [Person(store, name, live=True) for name in ("ann", "bob", "cyd", "dan")]
+    for p in people:
+        p.look()
+    made_, stub = stubbed(store)
+    taken = []
+    while n := made_.step():
+        taken.append(n)
+    assert taken[:2] == [4, 1] and sorted(r["state"] for r in made(store).values()) == ["failed", *["ready"] * 4]
+    assert [p for asked in stub.asked for p in asked].count(f"raise {what}") == worker.ATTEMPTS == 3
+    assert words in people[0].look().turn.problem
+    report = figures.report(store)
+    assert list(report[0]["failed"].values()) == [1] and f"  without an answer: 1 × {people[0].look().turn.problem}" in figures.words(report)
+    c = TestClient(web.build(store, None, live=True), base_url="http://127.0.0.1")
+    c.post("/sign-in", data={"name": "ann"})
+    assert words.split(" (")[0] in unescape(c.get("/q/1").text) and "Without an answer of the models" in c.get("/progress").text
+    people[0].do("again")  # three more
+    while made_.step():
+        pass
+    assert [p for asked in stub.asked for p in asked].count(f"raise {what}") == 6 and people[0].look().turn.problem
+    people[0].do("skip broken")
+    assert people[0].look().turn.answers
+
+
+@pytest.mark.parametrize("what", ["memory", "more", "cpu"])
+def test_memory_that_runs_out_is_known_by_its_words(what):
+    assert worker.reason(FAULTS[what]) == worker.NO_MEMORY and worker.reason(FAULTS["kernel"]) != worker.NO_MEMORY
+
+
+def test_attempts_wait_longer_and_longer_and_others_come_first(folder, monkeypatch):
+    store = filled(folder, [{"prompt": "raise key"}, {"prompt": "Question?"}], raters=2)
+    Person(store, live=True).look()
+    clock = [time.time() + 10]
+    monkeypatch.setattr(worker, "now", lambda: clock[0])
+    made_, stub = stubbed(store)
+    made_.step()  # the first, which somebody waits for, alone
+    assert made_.step() == 1 and stub.asked[-1] == ["Question?"] and made_.step() == 0
+    for after, again in ((1.9, 0), (0.2, 1), (7.7, 0), (0.4, 1), (1e6, 0)):
+        clock[0] += after
+        assert made_.step() == again
+    assert [r["state"] for r in made(store).values()] == ["failed", "ready"]
+
+
+def test_a_prompt_that_ends_the_process_is_given_up_too(folder, monkeypatch):
+    monkeypatch.setattr(worker, "BACKOFF", 0.0)
+    store = filled(folder, [{"prompt": "raise end"}, {"prompt": "Question?"}], raters=2)
+    ann = Person(store, live=True)
+    ann.look()
+    for _ in range(worker.ATTEMPTS):
+        made_, _ = stubbed(store)  # begun again
+        with pytest.raises(Ended):
+            while made_.step():
+                pass
+    made_, _ = stubbed(store)
+    while made_.step():
+        pass
+    assert "ended while it was at this, 3 times" in ann.look().turn.problem and [r["state"] for r in made(store).values()] == ["failed", "ready"]
+
+
+def test_another_pages_process_leaves_alone_what_this_one_is_at(folder, monkeypatch):
+    store, later = filled(folder, [{"prompt": "raise end"}]), [0.0]
+    monkeypatch.setattr(worker, "now", lambda: time.time() + later[0])
+    Person(store, live=True).look()
+    first, _ = stubbed(store)
+    with pytest.raises(Ended):
+        first.step()
+    other = Worker(store, first.variants, "another")
+    later[0] = 60.0
+    assert other.step() == 0
+    begun_again, _ = stubbed(store)
+    assert begun_again.step() == 0
+    later[0] += worker.BACKOFF + 0.1
+    with pytest.raises(Ended):
+        begun_again.step()
+
+
+def test_a_process_whose_accelerator_is_lost_ends_and_is_counted(folder, monkeypatch):
+    monkeypatch.setattr(worker, "BACKOFF", 0.0)
+    store = filled(folder, [{"prompt": "raise kernel"}])
+    Person(store, live=True).look()
+    for n in range(1, 4):
+        with pytest.raises(AcceleratorError):
+            stubbed(store)[0].step()
+        assert made(store)[next(iter(made(store)))]["state"] == ("failed" if n == 3 else "waiting")
+
+
+def test_a_new_start_of_the_page_gives_new_attempts(folder, endpoint):
+    store = filled(folder, [{"prompt": "Hello?"}])
+    Person(store, live=True).look()
+    with store.write() as c:
+        c.execute(insert(attempts).values(key=next(iter(made(store))), begun=worker.ATTEMPTS, after=0.0, worker="before"))
+    answerer = Answerer(store, variants([f"{endpoint.url}#m"], [], 8, None))
+    try:
+        end = time.monotonic() + 60
+        while made(store)[next(iter(made(store)))]["state"] != "ready" and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        answerer.close()
+    assert [r["state"] for r in made(store).values()] == ["ready"]
 
 
 def test_somebody_who_waits_comes_before_what_is_made_ahead(folder, endpoint, monkeypatch):

@@ -15,6 +15,7 @@ PACKAGES = ("posttrain", *STAGES)
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 PURE = ("posttrain/tensors.py", "reward/losses.py", "rlhf/losses.py", "rlhf/credit.py", "rlhf/gate.py")
 LIGHT = ("posttrain.config", "posttrain.runs", "posttrain.data", "posttrain.formats", "posttrain.lint", "posttrain.plan",
+         "posttrain.memory", "posttrain.cards", "posttrain.plan_page", "posttrain.plan_cures", "posttrain.confidential",
          "posttrain.report", "posttrain.__main__", "posttrain.errors", "posttrain.stages", "posttrain.log", "posttrain.builtin",
          "sft.config", "reward.config", "rlhf.config", "safety.config", "safety.benchmark_config", "safety.directions_config", "safety.taxonomy")
 BEYOND_THE_DESIGN = {  # sampling with scores; design.md section 5 does not allow it (yet)

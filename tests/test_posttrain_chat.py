@@ -39,8 +39,10 @@ TOKENIZERS = {  # template -> a tokenizer whose vocabulary has its turn tokens, 
     "llama-3": lambda: byte_tokenizer("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
                                       "<|finetune_right_pad_id|>", bos="<|begin_of_text|>", eos="<|end_of_text|>"),
     "llama-2": lambda: byte_tokenizer("<unk>", "<s>", "</s>", bos="<s>", eos="</s>", unk="<unk>"),
+    "qwen-3": lambda: byte_tokenizer("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", eos="<|endoftext|>", pad="<|endoftext|>"),
+    "mistral": lambda: byte_tokenizer("<unk>", "<s>", "</s>", "[INST]", "[/INST]", bos="<s>", eos="</s>", unk="<unk>"),
 }
-END = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>", "llama-2": "</s>"}
+END = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>", "llama-2": "</s>", "qwen-3": "<|im_end|>", "mistral": "</s>"}
 
 
 @pytest.fixture(scope="module", params=sorted(TOKENIZERS))
@@ -73,6 +75,11 @@ SHAPES = {
 def test_the_counted_tokens_are_the_answers_and_their_ends(named, shape, loss):
     name, tokenizer = named
     messages = SHAPES[shape]
+    several = sum(m["role"] == "assistant" for m in messages) > 1
+    if loss == "all" and several and (name == "qwen-3" or (name == "mistral" and messages[0]["role"] == "system")):
+        with pytest.raises(PosttrainError, match="a later turn changes how earlier ones are rendered.*loss: last"):  # as the vendors publish it
+            chat.encode_dialogue(tokenizer, messages, loss)
+        return
     ids, mask = chat.encode_dialogue(tokenizer, messages, loss)
     assert len(ids) == len(mask) and ids == tokenizer(tokenizer.decode(ids), add_special_tokens=False)["input_ids"]
     runs, current = [], []
@@ -83,7 +90,7 @@ def test_the_counted_tokens_are_the_answers_and_their_ends(named, shape, loss):
             runs.append(tokenizer.decode(current))
             current = []
     answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
-    pad = " {} " if name == "llama-2" else "{}"
+    pad = {"llama-2": " {} ", "mistral": " {}"}.get(name, "{}")
     assert runs == [pad.format(a) + END[name] for a in (answers if loss == "all" else answers[-1:])]
     assert ids[-1] == tokenizer.convert_tokens_to_ids(END[name]) == chat.end_of_turn(tokenizer)  # nothing after the end
 
@@ -91,7 +98,7 @@ def test_the_counted_tokens_are_the_answers_and_their_ends(named, shape, loss):
 def test_the_whole_text_is_what_the_template_says(named):
     """The templates written out by hand."""
     name, tokenizer = named
-    ids, _ = chat.encode_dialogue(tokenizer, [S("Sys."), U("q1"), A("a1"), U("q2"), A("a2")])
+    ids, _ = chat.encode_dialogue(tokenizer, [S("Sys."), U("q1"), A("a1"), U("q2"), A("a2")], "last")
     assert tokenizer.decode(ids) == {
         "chatml": "<|im_start|>system\nSys.<|im_end|>\n<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
                   "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\na2<|im_end|>",
@@ -100,13 +107,70 @@ def test_the_whole_text_is_what_the_template_says(named):
                    "<|start_header_id|>assistant<|end_header_id|>\n\na1<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nq2<|eot_id|>"
                    "<|start_header_id|>assistant<|end_header_id|>\n\na2<|eot_id|>",
         "llama-2": "<s>[INST] <<SYS>>\nSys.\n<</SYS>>\n\nq1 [/INST] a1 </s><s>[INST] q2 [/INST] a2 </s>",
+        "qwen-3": "<|im_start|>system\nSys.<|im_end|>\n<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
+                  "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\na2<|im_end|>",
+        "mistral": "<s>[INST] q1[/INST] a1</s>[INST] Sys.\n\nq2[/INST] a2</s>",
     }[name]
+
+
+@pytest.mark.parametrize("name, messages, text", [
+    # ai.meta.com, Llama 3.1 model card and prompt formats: the dialogue of a user and an assistant, and one with a system text
+    ("llama-3", [U("Who wrote the book Innovator's dilemma?")],
+     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho wrote the book Innovator's dilemma?<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    ("llama-3", [S("You are a helpful assistant"), U("What is the capital of France?")],
+     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful assistant<|eot_id|>"
+     "<|start_header_id|>user<|end_header_id|>\n\nWhat is the capital of France?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    # huggingface.co/Qwen/Qwen3-8B, tokenizer_config.json, with enable_thinking=False
+    ("qwen-3", [U("Hi")], "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    ("qwen-3", [S("Be brief."), U("Hi"), A("Hello."), U("And?")],
+     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+     "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    # huggingface.co/mistralai/Mistral-7B-Instruct-v0.3, tokenizer_config.json; mistral-common's V3: the system text in the last user turn
+    ("mistral", [U("Hi"), A("Hello."), U("And?")], "<s>[INST] Hi[/INST] Hello.</s>[INST] And?[/INST]"),
+    ("mistral", [S("Be brief."), U("Hi"), A("Hello."), U("And?")], "<s>[INST] Hi[/INST] Hello.</s>[INST] Be brief.\n\nAnd?[/INST]"),
+])
+def test_prompts_as_the_vendors_publish_them(name, messages, text):
+    """Written out by hand. No family here puts a system text of its own."""
+    tokenizer = TOKENIZERS[name]()
+    chat.prepare(tokenizer, name, "x")
+    assert tokenizer.decode(chat.encode_prompt(tokenizer, messages)) == text
+
+
+def test_token_ids_by_hand():
+    """A byte-level vocabulary: an id per byte in the order of GPT-2's alphabet, the special tokens after them."""
+    alphabet = sorted({chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]} | {chr(256 + n) for n in range(68)})
+    byte = {" ": alphabet.index(chr(256 + 32)), "\n": alphabet.index(chr(256 + 10)), **{c: alphabet.index(c) for c in "abqseritun"}}
+    start, end, think, over = 257, 258, 259, 260  # after <|endoftext|>
+    tokenizer = TOKENIZERS["qwen-3"]()
+    chat.prepare(tokenizer, "qwen-3", "x")
+    asked = [start, *(byte[c] for c in "user\nq"), end, byte["\n"], start, *(byte[c] for c in "assistant\n"), think, byte["\n"], byte["\n"], over,
+             byte["\n"], byte["\n"]]
+    assert chat.encode_prompt(tokenizer, [U("q")]) == asked
+    assert chat.encode_dialogue(tokenizer, [U("q"), A("ab")]) == ([*asked, byte["a"], byte["b"], end], [False] * len(asked) + [True] * 3)
+    begin, close, inst, done = 257, 258, 259, 260  # after <unk>
+    tokenizer = TOKENIZERS["mistral"]()
+    chat.prepare(tokenizer, "mistral", "x")
+    asked = [begin, inst, byte[" "], byte["q"], done]
+    assert chat.encode_prompt(tokenizer, [U("q")]) == asked
+    assert chat.encode_dialogue(tokenizer, [U("q"), A("ab")]) == ([*asked, byte[" "], byte["a"], byte["b"], close], [False] * 5 + [True] * 4)
+
+
+def test_a_thought_cannot_be_smuggled_in():
+    tokenizer = TOKENIZERS["qwen-3"]()
+    chat.prepare(tokenizer, "qwen-3", "x")
+    for text in ("<think>\nhm\n</think>\n\nyes", "yes </think>"):
+        with pytest.raises(PosttrainError, match="an assistant turn spells the token"):
+            chat.encode_dialogue(tokenizer, [U("q"), A(text)])
 
 
 def test_one_bos_and_no_other(named):
     name, tokenizer = named
     ids = chat.encode_prompt(tokenizer, [S("Sys."), U("q1")]) + chat.encode_answer(tokenizer, [S("Sys."), U("q1")], "a1")
-    wanted = {"chatml": 3, "llama-3": 1, "llama-2": 1}[name]  # chatml's first token begins every turn: system, user, assistant
+    if name == "qwen-3":  # the family has none
+        assert tokenizer.bos_token_id is None
+        return
+    wanted = {"chatml": 3, "llama-3": 1, "llama-2": 1, "mistral": 1}[name]  # chatml's first token begins every turn: system, user, assistant
     assert ids.count(tokenizer.bos_token_id) == wanted and ids[0] == tokenizer.bos_token_id
     if name == "llama-2":  # every (user, answer) pair has its own
         ids, _ = chat.encode_dialogue(tokenizer, [U("q1"), A("a1"), U("q2"), A("a2")])
@@ -323,7 +387,7 @@ def test_tags_of_the_prompt_format_are_refused(messages):
 def test_turn_tokens_in_text_are_refused(named):
     """Text that spells a turn token would end the user's turn and begin another: no template lets it through."""
     name, tokenizer = named
-    for text in (f"hi{END[name]}", f"a {tokenizer.bos_token} b", f"x{tokenizer.pad_token}"):
+    for text in (f"hi{END[name]}", f"a {tokenizer.bos_token or END[name]} b", f"x{tokenizer.pad_token}"):
         for messages in ([U(text), A("b")], [S(text), U("a"), A("b")], [U("a"), A(text)], [U(text), A("b"), U("c"), A("d")]):
             with pytest.raises(PosttrainError, match="spells the token"):
                 chat.encode_dialogue(tokenizer, messages)
@@ -332,9 +396,10 @@ def test_turn_tokens_in_text_are_refused(named):
     chat.encode_dialogue(tokenizer, [U("<b>bold</b> <|im <s im_end|> [INS]"), A("fine")])
 
 
-def test_roles_out_of_order_are_our_error():
-    tokenizer = TOKENIZERS["llama-2"]()
-    chat.prepare(tokenizer, "llama-2", "x")
+@pytest.mark.parametrize("name", ["llama-2", "mistral"])
+def test_roles_out_of_order_are_our_error(name):
+    tokenizer = TOKENIZERS[name]()
+    chat.prepare(tokenizer, name, "x")
     with pytest.raises(PosttrainError, match="alternate"):
         chat.encode_prompt(tokenizer, [U("a"), U("b")])
 
@@ -343,10 +408,12 @@ def test_roles_out_of_order_are_our_error():
 
 
 def test_every_shipped_template_names_its_turn_tokens():
-    assert chat.template_names() == ["chatml", "llama-2", "llama-3"]
+    assert chat.template_names() == ["chatml", "llama-2", "llama-3", "mistral", "qwen-3"]
     assert {n: chat.turn_tokens(n) for n in chat.template_names()} == {
         "chatml": ["<|im_start|>", "<|im_end|>"], "llama-2": ["<s>", "</s>"],
-        "llama-3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]}
+        "llama-3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "mistral": ["<s>", "</s>", "[INST]", "[/INST]"],
+        "qwen-3": ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]}
+    assert [n for n in chat.template_names() if chat.untrained(n)] == ["llama-3"]
 
 
 def test_a_template_file_of_ones_own_and_a_wrong_name(tmp_path):
@@ -355,7 +422,7 @@ def test_a_template_file_of_ones_own_and_a_wrong_name(tmp_path):
     tokenizer = TOKENIZERS["chatml"]()
     chat.prepare(tokenizer, str(path), "x")
     assert tokenizer.decode(chat.encode_dialogue(tokenizer, [U("q"), A("a")])[0]) == "q<|im_end|>a<|im_end|>"
-    with pytest.raises(PosttrainError, match=r"no chat template 'llama-9'.*one of chatml, llama-2, llama-3"):
+    with pytest.raises(PosttrainError, match=r"no chat template 'llama-9'.*one of chatml, llama-2, llama-3, mistral, qwen-3"):
         chat.prepare(TOKENIZERS["chatml"](), "llama-9", "x")
     with pytest.raises(PosttrainError, match="has no chat template"):
         chat.prepare(TOKENIZERS["chatml"](), None, "r.yaml: model.chat_template")
@@ -382,6 +449,16 @@ def test_a_vocabulary_without_the_turn_tokens_is_refused_with_the_alternatives()
     assert chat.prepare(tokenizer, "chatml", "x", add_tokens=True) == ["<|im_start|>", "<|im_end|>"]
     assert len(tokenizer) == size + 2 and chat.end_of_turn(tokenizer) == size + 1
     assert tokenizer.decode(chat.encode_dialogue(tokenizer, [U("q"), A("a")])[0]).startswith("<|im_start|>user\nq<|im_end|>")
+
+
+def test_tokens_that_a_base_never_learnt_are_new_rows():
+    """Llama 3's base models have <|eot_id|> in the vocabulary but not in their training: with add_tokens its row is started and trained anew."""
+    tokenizer = TOKENIZERS["llama-3"]()
+    size = len(tokenizer)
+    assert chat.prepare(tokenizer, "llama-3", "x") == []
+    assert chat.prepare(tokenizer, "llama-3", "x", add_tokens=True) == ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    assert len(tokenizer) == size
+    assert chat.prepare(TOKENIZERS["chatml"](), "chatml", "x", add_tokens=True) == []  # learnt, or the user's own affair
 
 
 @pytest.mark.parametrize("make, pad", [

@@ -7,6 +7,7 @@ import re
 import select
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from chat_support import finished_run
+from chat_support import finished_run, self_signed
 
 from posttrain import chat, chat_command, versions
 from posttrain.chat_command import Refused, Settings, Talk, Terminal
@@ -338,12 +339,57 @@ def test_the_page_is_for_this_machine_and_lets_nothing_run(page):
 def test_beyond_this_machine_a_password_is_demanded_and_asked(page, tmp_path, monkeypatch):
     monkeypatch.delenv("POSTTRAIN_PASSWORD", raising=False)
     with pytest.raises(PosttrainError, match="there is no password"):
-        chat_command._on_a_page([], Settings(), "", "0.0.0.0", 0, None)
+        chat_command._on_a_page([], Settings(), "", "0.0.0.0", 0, None, None, None)
     client = page("correct horse")
     assert "password" in client.get("/").text and client.post("/answer", data=order()).status_code == 403
     assert client.post("/sign-in", data={"password": "wrong"}).status_code == 403
     assert client.post("/sign-in", data={"password": "correct horse"}).status_code == 200  # after the redirect
     assert "composer" in client.get("/").text and client.post("/answer", data=order()).status_code == 200
+
+
+def test_https_with_a_certificate_of_ones_own_and_a_cookie_for_it_alone(tmp_path):
+    httpx2 = pytest.importorskip("httpx2", reason="the extra [serve] is not installed: run `make install`")
+    from posttrain import listen
+    from posttrain.chat_web import build
+
+    certificate, key = self_signed(tmp_path)
+    cookies = {}
+    for tls in ({}, listen.tls(certificate, key)):
+        listener = listen.listen("127.0.0.1", 0)
+        server = listen.server(build(Scripted(), ["run/v1"], Settings(), "", "correct horse"), **tls)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        address = listen.address(listener, bool(tls))
+        with httpx2.Client(base_url=address, verify=ssl.create_default_context(cafile=certificate), timeout=20) as client:
+            assert client.post("/answer", data=order()).status_code == 403
+            cookies[address.partition(":")[0]] = client.post("/sign-in", data={"password": "correct horse"}).headers["set-cookie"]
+            assert json.loads(client.post("/answer", data=order()).text.splitlines()[-1])["why"] == "end"
+        if tls:
+            with pytest.raises(httpx2.HTTPError):
+                httpx2.get(address.replace("https", "http"), timeout=5)
+            with pytest.raises(httpx2.ConnectError, match="(?i)certificate"):
+                httpx2.get(address, timeout=5)
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+    assert "Secure" in cookies["https"] and "Secure" not in cookies["http"] and all("HttpOnly" in c for c in cookies.values())
+
+
+def test_certificates_that_cannot_be_used_are_told_before_a_model_is_loaded(tmp_path, monkeypatch):
+    certificate, key = self_signed(tmp_path)
+    other, _ = self_signed(tmp_path, "other")
+    locked, its_key = self_signed(tmp_path, "locked", "-passout", "pass:x1y2z3")
+    damaged = tmp_path / "damaged.pem"
+    damaged.write_text(certificate.read_text()[:60])
+    monkeypatch.setattr(chat_command, "_loaded", lambda found: pytest.fail("a model was loaded"))
+    for words, told in (((certificate, None), "one without the other"), ((None, key), "one without the other"),
+                        ((tmp_path / "no.pem", key), "No such file"),
+                        ((certificate, tmp_path), "--tls-key .*Is a directory"), ((key, key), "--tls-certificate .*no certificate in it"),
+                        ((certificate, certificate), "--tls-key .*no private key in it"), ((other, key), "do not belong together"),
+                        ((locked, its_key), "locked with a passphrase.*`openssl pkey"), ((damaged, key), "cannot be used")):
+        with pytest.raises(PosttrainError, match=told) as e:
+            chat_command._on_a_page([], Settings(), "", "127.0.0.1", 0, None, *words)
+        assert e.value.expected and e.value.do
 
 
 @pytest.fixture(scope="module")

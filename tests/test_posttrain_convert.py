@@ -245,9 +245,55 @@ def test_the_checklist_is_checked(tmp_path, tokenizer_model):
     refused(folder, tmp_path / "out", r"tokenizer\.model: its MD5 is")
 
 
-@pytest.mark.parametrize(("key", "value"), [("rope_theta", 500000.0), ("use_scaled_rope", True), ("moe", {"num_experts": 8})])
-def test_other_models_are_refused_by_name(tmp_path, tokenizer_model, key, value):
-    refused(download(tmp_path, tokenizer_model, params={key: value}), tmp_path / "out", f"'{key}': .* is not supported.*Only Llama 2")
+@pytest.mark.parametrize(("params", "told"), [
+    ({"rope_theta": 500000.0, "vocab_size": 128256}, r"a Llama 3 model \(rope_theta 500000\).*such as meta-llama/"),
+    ({"vocab_size": 128256}, r"a Llama 3 model \(vocab_size 128256\)"),
+    ({"rope_theta": 500000.0, "use_scaled_rope": True}, r"a Llama 3\.1 or later model"),
+    ({"rope_theta": 1000000}, r"a Code Llama model \(rope_theta 1e\+06\).*such as codellama/CodeLlama-7b-hf"),
+    ({"vocab_size": 32016}, r"a Code Llama model \(vocab_size 32016\)"),
+    ({"rope_theta": 20000.0}, r"'rope_theta': 20000\.0 is not supported.*Only Llama 2"),
+    ({"moe": {"num_experts": 8}}, r"'moe': .* is not supported")])
+def test_later_models_are_refused_by_name(tmp_path, tokenizer_model, params, told):
+    refused(download(tmp_path, tokenizer_model, params=params), tmp_path / "out", told)
+
+
+LARGER = {"n_heads": 40, "n_layers": 40, "dim": 5120}
+
+
+@pytest.mark.parametrize(("params", "frequencies", "told"), [
+    ({}, "layers.0.attention.inner_attention.rope.freqs", r"'layers\.0\.attention\.inner_attention\.rope\.freqs' in consolidated\.00\.pth"),
+    ({"norm_eps": 1e-6}, None, "dim 48 with norm_eps 1e-06"), (LARGER | {"norm_eps": 1e-6}, "rope.freqs", "dim 5120 with norm_eps 1e-06"),
+    ({"dim": 8192, "n_heads": 64, "n_layers": 80}, "rope.freqs", "dim 8192 with 64 key-value heads")])  # 7B, 7B, 13B, 65B
+def test_llama_1_is_told_by_its_shards_and_numbers(tmp_path, tokenizer_model, params, frequencies, told):
+    folder = download(tmp_path, tokenizer_model, params=params)
+    for path in folder.glob("*.pth"):
+        shard = torch.load(path, weights_only=True)
+        rope = shard.pop("rope.freqs")
+        torch.save(({frequencies: rope} if frequencies else {}) | shard, path)
+    write_sums(folder)
+    refused(folder, tmp_path / "out", rf"a Llama 1 model \({told}\)\. Expected Llama 2\. Take Llama 2\..*--llama_version 1")
+
+
+@pytest.mark.parametrize("params", [LARGER | {"norm_eps": 1e-5}, {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80}])
+def test_llama_2_of_other_sizes_is_not_taken_for_llama_1(tmp_path, tokenizer_model, params):
+    """13B and 70B, whose shapes these shards do not have."""
+    refused(download(tmp_path, tokenizer_model, params=params), tmp_path / "out", r"'tok_embeddings\.weight' is \(420, 24\)")
+
+
+def test_an_early_llama_2_with_llama_1s_norm_eps_is_converted(tmp_path, tokenizer_model):
+    """As Meta's first 7B chat download: its one table of rotary frequencies says which it is."""
+    convert.run(download(tmp_path, tokenizer_model, params={"norm_eps": 1e-6}), tmp_path / "out")
+    assert load(tmp_path / "out").config.rms_norm_eps == 1e-6
+
+
+def test_code_llamas_tokenizer_is_refused_by_its_size(tmp_path, tokenizer_model, monkeypatch):
+    monkeypatch.setattr(convert, "CODE_PIECES", VOCAB)
+    refused(download(tmp_path, tokenizer_model), tmp_path / "out", r"tokenizer\.model: a Code Llama model \(420 pieces")
+
+
+def test_a_place_that_is_no_folder_is_told(tmp_path, tokenizer_model):
+    refused(tmp_path / "nowhere", tmp_path / "out", "nowhere: no such folder.*such as llama-2-7b")
+    refused(tokenizer_model, tmp_path / "out", r"tokenizer\.model: a file\. Expected the folder")
 
 
 def test_llama_3_tokenizers_are_refused_by_name(tmp_path, tokenizer_model):

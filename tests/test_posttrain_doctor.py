@@ -123,6 +123,29 @@ def test_an_extra_that_is_not_there_harms_nothing(installed, no_torch):
     assert doctor.usable(lines)
 
 
+def test_an_extra_of_a_package_is_as_good_as_what_it_brings(installed, no_torch):
+    """transformers[serving] asks for fastapi and others, by transformers' own metadata."""
+    pytest.importorskip("fastapi", reason="the extra [serve] is not installed: run `make install`")
+    assert line(doctor.look(), "[serve]").state == "ok"
+    installed(fastapi=None)
+    serve = line(doctor.look(), "[serve]")
+    assert serve.state == "missing" and "transformers[serving] fastapi not installed" in serve.found and serve.do.endswith("install -e '.[serve]'")
+    installed(openai="0.27.0")
+    serve = line(doctor.look(), "[serve]")
+    assert serve.state == "wrong" and "transformers[serving] fastapi not installed; openai 0.27.0, and >=" in serve.found
+
+
+def test_extras_of_extras_and_other_machines_packages(monkeypatch):
+    needs = {"a": ["b[y]>=1; extra == 'x'", "w; extra == 'x' and sys_platform == 'nowhere'", "c; extra == 'other'", "d"],
+             "b": ["e>=2; extra == 'y'", "a[x]; extra == 'y'"]}
+    there = {"a": "1.0", "b": "1.5", "e": "1.0"}
+    monkeypatch.setattr(doctor.metadata, "requires", needs.get)
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: there.get(name) or (_ for _ in ()).throw(metadata.PackageNotFoundError(name)))
+    assert doctor.package("a[x]>=1,<2") == ("wrong", "a[x]", "e 1.0, and >=2 is needed")
+    there["e"] = "2.1"
+    assert doctor.package("a[x]>=1,<2")[0] == "ok" and doctor.package("a[other]") == ("missing", "a[other]", "c not installed")
+
+
 def test_stage_packages_of_another_program_are_wrong(monkeypatch):
     monkeypatch.setattr(doctor, "find_spec", lambda name: SimpleNamespace(origin=f"/elsewhere/{name}/__init__.py") if name == "safety" else
                         SimpleNamespace(origin=str(ROOT / name / "__init__.py")))

@@ -554,6 +554,30 @@ def test_push_keeps_the_licences_rules(tmp_path, api):
     assert [c[0] for c in changes(api)] == ["create_repo", "upload_file", "upload_folder"]
 
 
+@pytest.mark.parametrize("name", ["BASE_LICENSE", "BASE_license.md", "BASE_LICENSE.txt", "base_Licence.TXT"])
+def test_a_licence_beside_the_model_is_found_however_it_is_written(tmp_path, api, name):
+    (tmp_path / "README.md").write_text("---\nlicense: llama2\n---\n")
+    (tmp_path / export.MARK).write_text(json.dumps({"run": "r", "section": "chat", "base": ".../llama-2-7b"}))
+    for other in ("BASE_NOTICE", "BASE_USE_POLICY.md"):  # which are not the licence
+        (tmp_path / other).write_text("more words")
+    with pytest.raises(PosttrainError, match="no copy of the base's licence"):
+        hub.push(tmp_path, "me/mine", public=False)
+    (tmp_path / name).write_text("the agreement")
+    hub.push(tmp_path, "me/mine", public=False)
+    assert [c[0] for c in changes(api)] == ["create_repo", "upload_file", "upload_folder"]
+
+
+def test_licence_files_of_the_bases_repository_however_they_are_written(tmp_path, api):
+    (tmp_path / "README.md").write_text("---\nlicense: llama2\n---\n")
+    (tmp_path / export.MARK).write_text(json.dumps({"run": "r", "section": "chat", "base": "meta-llama/Some-Base", "revision": "abc"}))
+    (tmp_path / "BASE_notice").write_text("here already")
+    api.list_repo_files.return_value = ["license.md", "Use-Policy.md", "NOTICE", "original/LICENSE", "config.json"]
+    (tmp_path / "text").write_text("the agreement")
+    api.hf_hub_download.return_value = str(tmp_path / "text")
+    assert set(hub.licence_copies(api, tmp_path)) == {"BASE_license.md", "BASE_Use-Policy.md"}
+    assert all(c.kwargs["revision"] == "abc" for c in api.method_calls if c[0] in ("list_repo_files", "hf_hub_download"))
+
+
 def test_push_says_what_to_do_when_the_hub_says_no(done, api):
     import httpx2 as httpx
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError

@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from posttrain import builtin, init, plan, runs
+from posttrain import builtin, data, init, init_recipe, plan, runs
 from posttrain.__main__ import app
-from posttrain.config import load_recipe
+from posttrain.config import DataEntry, load_recipe
 from posttrain.errors import PosttrainError
 from posttrain.init_recipe import flow, own_share
 
@@ -39,6 +39,12 @@ def pku() -> list[dict]:
 def native(name: str = "helpful_pairs", labels: bool = False) -> list[dict]:
     kept = ("prompt", "chosen", "rejected", "rating") + (("chosen_safe", "rejected_safe") if labels else ())
     return [{k: v for k, v in r.items() if k in kept} for r in shipped(name)]
+
+
+@pytest.fixture(autouse=True)
+def known_speed(monkeypatch):
+    """The matrix products that are timed for a guess at hours take long on a busy machine."""
+    monkeypatch.setattr(init_recipe, "measured_speed", lambda: 5e10)
 
 
 @pytest.fixture
@@ -193,6 +199,49 @@ def test_few_others_take_no_own_pairs_away():
     assert own_share(40, 40, 0.5) == 0.5 and own_share(1000, 100, 0.5) == 0.91 and own_share(40, 1000, 0.9) == 0.9
     for own, other in ((1000, 100), (37, 5), (100_000, 3)):
         assert plan.mixed_rows(own, other, own_share(own, other, 0.5))[0] == own
+
+
+def test_every_row_is_read_once(write, tmp_path, monkeypatch):
+    """Looking, check-data, lengths and the plan share what was read, of the given files and of those that are written."""
+    read, real = [], data.renamed
+    monkeypatch.setattr(data, "renamed", lambda row, columns: read.append(row) or real(row, columns))
+    command(tmp_path / "mine.yaml", *TINY, "--helpful", write("h.jsonl", native()), "--safety", write("s.jsonl", native("safety_pairs", labels=True)),
+            "--demonstrations", write("d.jsonl", shipped("demonstrations")))
+    prompts = (tmp_path / "mine.prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(read) == 24 + 24 + 24 + len(prompts)
+
+
+def test_a_file_that_changes_is_read_again(write):
+    entry, place = DataEntry(path=str(write("h.jsonl", native())), format="preference"), Path()
+    with data.remembering():
+        first = data.load_entry(entry, place, 0, "x")
+        assert data.load_entry(entry, place, 0, "x").items is first.items and data.load_entry(entry, place, 1, "x").items is not first.items
+        write("h.jsonl", native()[:20])
+        assert len(data.load_entry(entry, place, 0, "x").items) == 20
+    assert data.load_entry(entry, place, 0, "x").items is not data.load_entry(entry, place, 0, "x").items
+
+
+def test_what_a_reward_model_judges_does_not_hang_on_its_share_of_own_pairs(write, tmp_path):
+    """One file of many helpful pairs beside few of safety: the share of the own ones is raised above the paper's."""
+    from reward.train import judges
+
+    path = tmp_path / "mine.yaml"
+    few = write("s.jsonl", [{k: v for k, v in r.items() if not k.endswith("_safe")} for r in native("safety_pairs")[:12]])
+    command(path, *TINY, "--helpful", write("h.jsonl", [r | {"prompt": f"{r['prompt']} ({i})"} for i in range(6) for r in native()]), "--safety", few)
+    recipe = load_recipe(path)
+    assert recipe.stages["reward_helpfulness"].own_share > 0.9 and recipe.stages["reward_safety"].safety_loss_weight == 0
+    assert [judges(recipe, n) for n in ("reward_helpfulness", "reward_safety")] == ["helpfulness", "safety"]
+    kept = {n: c for n, c in recipe.stages.items() if c.stage != "reward"}
+    rewards = {n: c for n, c in recipe.stages.items() if c.stage == "reward"}
+    swept = recipe.model_copy(update={"stages": recipe.stages | {"other_size": rewards["reward_helpfulness"].model_copy(update={"fraction": 0.5})}})
+    assert judges(swept, "other_size") == "helpfulness"  # as the one of the same pairs
+    alone = recipe.model_copy(update={"stages": rewards})
+    assert judges(alone, "reward_helpfulness") is None  # nothing tells: it goes by its section's name
+    labelled = rewards["reward_safety"].model_copy(update={"safety_loss_weight": 1.0})
+    assert judges(recipe.model_copy(update={"stages": {"rm": labelled}}), "rm") == "safety"
+    both = recipe.model_copy(update={"stages": {"rm": rewards["reward_helpfulness"],
+                                                "ppo": kept["ppo"].model_copy(update={"helpfulness": "@rm", "safety": "@rm"})}})
+    assert judges(both, "rm") is None
 
 
 def test_values_come_back_from_the_text_as_they_were(tmp_path):

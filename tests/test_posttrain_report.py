@@ -15,7 +15,7 @@ import pytest
 from pydantic import ConfigDict
 
 from posttrain import config as cfg
-from posttrain import report, report_views
+from posttrain import report, report_parts, report_views, stages
 from posttrain.report_evaluate import counts_of, distribution_figure
 from posttrain.runs import Run
 
@@ -498,6 +498,43 @@ def test_unknown_kinds_and_left_over_folders_show_their_numbers(tmp_path):
     assert "points 4" in report.show(run)
 
 
+TOLD = {  # a little of what each kind of section stores
+    "sft": {"steps": 3, "held_out_loss_before": 2.0, "held_out_loss_after": 1.5},
+    "gatt": {"dialogues": 8, "rows": 6, "kept": 5},
+    "gatt_eval": {"models": {"chat": {"attributes": {"2": ci(0.9), "4": ci(0.7)}}}},
+    "reward": reward_results("helpfulness", 0.66),
+    "rejection": {"samples": 24, "kept": 6, "best_of_n": [{"n": n, "max": n / 10, "median": 0.1} for n in (1, 2, 4)]},
+    "collect": {"prompts": 10, "tasks": 9},
+    "annotations": {"annotations": 12, "tasks": 9, "annotated_tasks": 8, "pairs": 7},
+    "ppo": {"iterations": 4, "watched": {"start": ci(0.1), "best": ci(0.6), "paired_difference": ci(0.5), "kl": 2.0}},
+    "evaluate": evaluate_results(),
+    "distill": {"distilled": 8, "kept": 6, "modes": {"none": {"safety": ci(0.4)}, "generic": {"safety": ci(0.6)}},
+                "paired": [{"a": "generic", "b": "none", "safety": ci(0.2)}]},
+    "redteam": {"budget": 20, "models": {"chat": {"violations_per_100": ci(20, 5)}}},
+    "bold": {"prompts": 9, "models": {"chat": {"sentiment": ci(0.2), "domains": {"gender": {"sentiment": ci(0.2)}}}}},
+    "diversity": {"models": {"chat": {"factual": {"curve": [{"temperature": x, "self_bleu": ci(x / 2)} for x in (0.5, 1.0)], "slope": ci(-0.1)}}}},
+    "lm_eval": {"harness": "0.4", "models": {"chat": {"toxigen: acc": ci(0.4)}}},
+    "directions": {"directions": [{"direction": "the best of K beats the median", "paper": "Fig. 7", "status": "met", "value": ci(0.1)}]},
+    "export": {"folder": "runs/demo/chat", "dtype": "bfloat16", "files": ["model.safetensors"]},
+}
+
+
+def test_every_stage_kind_has_a_part_of_the_page_and_key_figures(tmp_path):
+    assert set(TOLD) == set(stages.STAGES) == set(report_parts.PARTS) == set(report_parts.KEYS)
+    run = make_run(tmp_path, {f"a_{kind}": {"stage": kind} for kind in stages.STAGES})
+    for kind, results in TOLD.items():
+        put(run, f"a_{kind}", results)
+    page = Page(report.write(run))
+    parts = dict(re.findall(r'<section id="(\w+)"(.*?)(?=<section id|</main>)', page.source, flags=re.S))
+    boxes = {re.search(r">a_<wbr>(.*?)</a>", box)[1].replace("<wbr>", ""): box for box in re.findall(r'<li class="done">.*?</li>', page.source, flags=re.S)}
+    for v in report.views(run):
+        where, (key, *_) = report_parts.PARTS[v.kind][0], report_parts.keys_of(v)
+        assert "<td" in parts[where] or "<figure" in parts[where], v.kind
+        assert f'href="#{where}"' in boxes[v.kind] and f'class="big">{key.value}<' in boxes[v.kind] and f"a_{v.kind}" in report.show(run), v.kind
+    assert "other" not in parts and page.problems == []
+    assert not [words for words in ("Nothing was recorded", "can't be shown", "last step") if words in page.text]
+
+
 def test_ppo_samples_stand_in_where_nothing_was_evaluated(tmp_path):
     run = make_run(tmp_path, {"ppo": {"stage": "ppo"}})
     rows = [{"step": s, "prompt": [{"role": "user", "content": "Hi."}], "answer": f"Hello at {s}", "merged": float(s)} for s in (10, 1)]
@@ -535,40 +572,6 @@ def test_five_hundred_samples_stay_under_three_megabytes(tmp_path):
     rng, run = random.Random(1), whole_run(tmp_path)
     put(run, "eval", evaluate_results(), samples=evaluate_samples(rng, prompts=167, low=150, high=400))
     assert report.write(run).stat().st_size < 3_000_000
-
-
-def browse(page: Path, folder: Path) -> str:
-    """The page as a browser sees it after its script has run."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not browser:
-        pytest.skip("no Chromium on this machine")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update"]
-    out = subprocess.run([browser, *flags, f"--user-data-dir={folder / 'profile'}", "--dump-dom", page.as_uri()],
-                         capture_output=True, text=True, timeout=120)
-    return out.stdout
-
-
-def test_the_filters_work_in_a_browser_under_the_pages_own_policy(whole, tmp_path):
-    seen = browse(whole[0].folder / "report.html", tmp_path)
-    assert "Showing 6 of 45 prompts" in seen and seen.count('<article class="card"') == 6, "the script ran: its hash is the one allowed"
-    driver = ("<script>const set = (id, v) => { const e = document.getElementById(id); e.value = v;"
-              " e.dispatchEvent(new Event('input', {bubbles: true})); };"
-              "set('kind', 'adversarial'); set('sort', 'up'); set('search', 'LANDLORD');</script></body>")
-    source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", whole[1].source).replace("</body>", driver)
-    (tmp_path / "driven.html").write_text(source, encoding="utf-8")
-    driven = browse(tmp_path / "driven.html", tmp_path)
-    shown = re.findall(r'<article class="card" data-kind="(\w+)" data-unsafe="\w+" data-gain="([-.\d]+)"', driven)
-    assert "Showing 5 of 5 prompts that match (45 in all)" in driven and {k for k, _ in shown} == {"adversarial"}
-    assert [float(g) for _, g in shown] == sorted((float(g) for _, g in shown), reverse=True)
-
-
-def test_a_hostile_page_pops_nothing_up_in_a_browser(tmp_path):
-    run = make_run(tmp_path, {"eval": {"stage": "evaluate"}})
-    attack = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-    put(run, "eval", {"models": {attack: {"helpfulness": ci(0), "safety": ci(0)}}},
-        samples=[{"model": attack, "prompt": attack, "answer": attack}])
-    assert "<title>demo · posttrain report</title>" in browse(report.write(run), tmp_path)
 
 
 def test_the_table_has_a_line_a_section(whole):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ pytest.importorskip("uvicorn", reason="the extra [serve] is not installed: run `
 
 import httpx2
 import openai
-from chat_support import finished_run
+from chat_support import finished_run, self_signed
 from safetensors.torch import load_file
 from starlette.testclient import TestClient
 
@@ -162,11 +163,20 @@ def test_the_engine_ends_with_the_server(served):
     assert served.ended() and served.process.returncode == 143
 
 
-def test_the_folder_is_used_again_and_the_server_ends_with_the_engine(talk_run, cache):
-    server = Served(str(talk_run[0]), "--section", "sft", "--port", "0")
-    assert "used again" in server.said
-    server.engine.kill()
-    assert server.ended() and server.process.returncode == 1
+def test_the_folder_is_used_again_https_is_spoken_and_the_server_ends_with_the_engine(talk_run, cache, tmp_path):
+    certificate, key = self_signed(tmp_path)
+    server = Served(str(talk_run[0]), "--section", "sft", "--port", "0", "--tls-certificate", str(certificate), "--tls-key", str(key))
+    try:
+        assert "used again" in server.said and server.url.startswith("https://")
+        trusting = httpx2.Client(verify=ssl.create_default_context(cafile=certificate), timeout=60)
+        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, http_client=trusting)
+        assert client.chat.completions.create(model="talk/sft", messages=HELLO, max_tokens=2).model == "talk/sft"
+        with pytest.raises(httpx2.HTTPError):
+            httpx2.get(f"{server.url}/models".replace("https", "http"), timeout=20)
+        server.engine.kill()
+        assert server.ended() and server.process.returncode == 1
+    finally:
+        server.process.kill()
 
 
 # -- what is refused before anything is loaded -------------------------------------------------------------------------------------------
@@ -189,6 +199,8 @@ def test_options_that_serve_sets_and_what_is_not_installed(monkeypatch):
     for word in ("--host", "--host=0.0.0.0", "--api_key", "--trust-remote-code"):
         with pytest.raises(PosttrainError, match="serve sets itself"):
             serve._check_options([word])
+    with pytest.raises(PosttrainError, match="serve sft: a word beside RUN"):
+        serve._check_options(["sft"])
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert serve.chosen("auto") == "transformers"
     with pytest.raises(PosttrainError, match=r"vllm, uvicorn.* not installed.*\[vllm,serve\]"):

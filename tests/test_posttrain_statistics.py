@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from posttrain.statistics import balanced_interval, gwet_ac2, interval, standard_error
+from posttrain.statistics import balanced_interval, difference_interval, gwet_ac2, interval, share_interval, standard_error
 
 VALUES = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.5]
 GROUPS = ["a", "a", "b", "c", "c", "c", "d", "e"]
@@ -85,6 +85,38 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
 def test_the_same_data_give_the_same_interval():
     values = np.random.default_rng(0).random(8)
     assert interval(values) == interval(values) != interval(values, seed=1)
+
+
+def test_a_share_of_nothing_or_all_has_a_width():
+    """Wilson's interval of 0 of 20 and of 81 of 263 (Newcombe, Statistics in Medicine 17, 1998, table I: 0 to 0.1611, 0.2553 to 0.3662)."""
+    none, every = share_interval([0] * 20), share_interval([1] * 20)
+    assert interval([0] * 20)["high"] == 0.0  # what the bootstrap alone says
+    assert (none["mean"], none["low"], round(none["high"], 4)) == (0.0, 0.0, 0.1611)
+    assert (round(every["low"], 4), every["high"]) == (0.8389, 1.0)
+    some = share_interval([1] * 81 + [0] * 182)
+    assert some["low"] <= 0.2554 and some["high"] >= 0.3661 and some["high"] - some["low"] < 0.12
+    four_each = share_interval([0] * 20, [i // 4 for i in range(20)])
+    assert four_each["high"] == share_interval([0] * 5)["high"] and four_each["groups"] == 5  # rows of one prompt are one trial
+    assert share_interval([1.0], ["a"])["low"] is None and share_interval([])["mean"] is None
+
+
+def test_a_share_is_covered_where_it_is_rare():
+    rng = np.random.default_rng(0)
+    drawn = rng.random((150, 100)) < 0.02
+    found = [[f(x) for x in drawn] for f in (interval, share_interval)]
+    covered = [sum(x["low"] <= 0.02 <= x["high"] for x in many) / 150 for many in found]
+    assert covered[0] < 0.9 < 0.93 < covered[1]
+
+
+def test_no_difference_anywhere_is_not_known_exactly():
+    """0 of 200 may hide up to Wilson's 1.88 % either way."""
+    same = difference_interval([0.0] * 200)
+    assert same["mean"] == 0 and same["high"] == pytest.approx(share_interval([0] * 200)["high"]) == pytest.approx(0.01885, abs=1e-5) == -same["low"]
+    up = difference_interval([1.0] * 20)
+    assert up["high"] == 1.0 and up["low"] == pytest.approx(1 - 2 * 0.1611, abs=1e-4)
+    assert difference_interval([0.5] * 20, most=0.5)["high"] == 0.5
+    assert difference_interval([0.0, 1.0] * 10) == interval([0.0, 1.0] * 10)
+    assert difference_interval([0.0])["low"] is None
 
 
 def test_gwet_ac2_gives_the_published_value():

@@ -31,7 +31,19 @@ def test_new_versions_start_from_the_base(path):
             assert config.model == "base" and any(not name.startswith("@") for name in config.data)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+FAMILIES = [p for p in SHIPPED if p.stem.startswith(("llama", "qwen", "mistral"))]
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda p: p.stem)
+def test_recipes_of_the_families_dry_run_on_the_meta_device(path, tmp_path, capsys):
+    """In this process: what differs between them is the model's shape."""
+    from posttrain.__main__ import _dry_run
+
+    _dry_run(load_recipe(path, [f"run.dir={tmp_path}"]))
+    assert "parameters, as planned" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if p not in FAMILIES or p.stem == "llama2-7b-qlora"], ids=lambda p: p.stem)
 def test_shipped_recipes_dry_run_without_a_network(path, tmp_path):
     out = subprocess.run([sys.executable, "-m", "posttrain", "run", str(path), "--dry-run", f"run.dir={tmp_path}"], cwd=ROOT,
                          capture_output=True, text=True, timeout=120, env={**__import__("os").environ, "HF_HUB_OFFLINE": "1"})
@@ -163,7 +175,7 @@ def test_the_papers_recipe_walks_its_road_and_its_judges_stand_beside_it():
     trained = {n for c in stages.values() if c.stage == "sft" for n in c.data} | {*stages["ppo"].prompts, *stages["distill"].prompts}
     assert not trained & {"attacks", "questions"}  # what judges ask is seen by no training
     asked = {k for k in type(stages["directions"]).model_fields if k != "stage" and getattr(stages["directions"], k)}
-    assert asked == {"rewards", "margins", "safety_loss", "amounts", "rounds", "versions", "ghost", "shares", "preprompts", "gated", "attacks"}
+    assert asked == {"rewards", "margins", "safety_loss", "amounts", "rounds", "judges", "versions", "ghost", "shares", "preprompts", "gated", "attacks"}
 
 
 def test_data_dir_adds_the_files_that_a_folder_has(tmp_path):
@@ -190,3 +202,25 @@ def test_data_dir_adds_the_files_that_a_folder_has(tmp_path):
     path.write_text(BASE)
     with pytest.raises(PosttrainError, match="data_dir: unknown key"):  # a recipe that reads nothing from there
         load_recipe(path, ["data_dir=more"])
+
+
+SIBLINGS = {  # recipe -> (base, parameters as published, chat template, whether its turn tokens' rows are new)
+    "llama2-7b": ("meta-llama/Llama-2-7b-hf", 6_738_415_616, "llama-2", False), "llama3-8b": ("meta-llama/Llama-3.1-8B", 8_030_261_248, "llama-3", True),
+    "llama3-3b": ("meta-llama/Llama-3.2-3B", 3_212_749_824, "llama-3", True), "qwen3-8b": ("Qwen/Qwen3-8B-Base", 8_190_735_360, "qwen-3", False),
+    "qwen3-4b": ("Qwen/Qwen3-4B-Base", 4_022_468_096, "qwen-3", False), "mistral-7b": ("mistralai/Mistral-7B-v0.3", 7_248_023_552, "mistral", False)}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_the_whole_road_fits_one_card_of_24_gb(name):
+    """Of every family: its own template, the size that is published, and PPO with both reward models beside policy, reference and critic."""
+    from posttrain.plan import plan
+
+    base, parameters, template, new_rows = SIBLINGS[name]
+    recipe = load_recipe(ROOT / "recipes" / f"{name}-qlora.yaml")
+    model = recipe.model
+    assert (recipe.run.name, model.name_or_path, model.quantization) == (f"{name}-qlora", base, "nf4")
+    assert (model.chat_template, model.add_tokens) == (template, new_rows)
+    rows = {r["section"]: r for r in plan(recipe, gpu="24GB")}
+    assert all(r["fits"] and r["parameters"] == parameters and r["labels"]["parameters"] == "counted" for r in rows.values())
+    assert {r["role"] for r in rows["ppo"]["roles"]} == {"policy", "critic", "reference", "helpfulness", "safety"}
+    assert {c.stage for c in recipe.stages.values()} == {c.stage for c in load_recipe(ROOT / "recipes" / "llama2-7b-qlora.yaml").stages.values()}

@@ -8,7 +8,7 @@ import pytest
 
 from posttrain.formats import Pair
 from posttrain.statistics import interval
-from reward.evaluate import evaluate, labelled, precision_threshold, safety_figures
+from reward.evaluate import evaluate, labelled, pair_rows, precision_threshold, safety_figures
 
 
 def pair(prompt: str, rating=None, safe=(None, None), source="s") -> Pair:
@@ -116,4 +116,27 @@ def test_the_threshold_of_a_precision_against_a_slow_search(seed, decimals):
 
 
 def test_no_pairs():
-    assert evaluate([], [], []) == {"pairs": 0}
+    assert evaluate([], [], []) == {"pairs": 0} and pair_rows("own", [], [], []) == []
+
+
+def test_a_row_for_each_pair_says_what_its_figures_are_made_of():
+    rows = pair_rows("own", PAIRS, SCORES, LENGTHS)
+    assert [[r["chosen"], r["rejected"]] for r in rows] == SCORES and [r["margin"] for r in rows] == [3.0, -0.5, 4.0, 0.0, 0.5, -3.0]
+    assert [r["longer"] for r in rows] == ["chosen", "rejected", "rejected", None, None, "chosen"] and {r["part"] for r in rows} == {"own"}
+    assert [r["rating"] for r in rows] == ["significantly_better", "better", "better", "negligibly_better", "slightly_better", None]
+    assert [(r["chosen_safe"], r["rejected_safe"]) for r in rows[:4]] == [(True, False), (True, True), (False, False), (None, None)]
+    assert [r["source"] for r in rows] == ["x", "x", "y", "y", "s", "s"]
+    right = [0.5 if r["margin"] == 0 else float(r["margin"] > 0) for r in rows]
+    assert evaluate(PAIRS, SCORES, LENGTHS)["accuracy"] == interval(right, [r["prompt"] for r in rows])
+
+
+def test_a_pair_has_one_key_whatever_a_model_says_of_it():
+    """Two models' rows meet by key: the words, the rating and the labels make it, the scores and the data set do not."""
+    def key(p, score=(0.0, 0.0), part="own"):
+        return pair_rows(part, [p], [list(score)], [(1, 1)])[0]["key"]
+
+    same = pair("a", 3, (True, False), "x")
+    assert key(same) == key(same, (1.0, -1.0), "other") == key(pair("a", 3, (True, False), "y"))
+    others = [pair("b", 3, (True, False)), pair("a", 2, (True, False)), pair("a", 3, (True, True)), pair("a", 3, (None, False))]
+    others.append(Pair(same.prompt, same.rejected, same.chosen, 3, chosen_safe=True, rejected_safe=False))
+    assert len({key(p) for p in [same, *others]}) == 6

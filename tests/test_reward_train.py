@@ -73,6 +73,10 @@ def test_a_run_learns_reports_and_reads_back(reward, make_roles):
     flat = torch.tensor(scores(roles, "again", trees, 4096)).double()
     assert told["score_mean"] == pytest.approx(flat.mean().item(), rel=1e-4)
     assert told["score_std"] == pytest.approx(flat.std(unbiased=False).item(), rel=1e-4)
+    rows = read_lines(section.folder / "held_out.jsonl")
+    assert [r["part"] for r in rows] == ["own"] * 8 + ["other"] * told["held_out"]["other"]["pairs"]
+    assert [[r["chosen"], r["rejected"]] for r in rows[:8]] == [pytest.approx(x, rel=1e-4) for x in flat.tolist()]
+    assert {r["rating"] for r in rows[:8]} == {"better"} and {(r["chosen_safe"], r["rejected_safe"]) for r in rows[:8]} == {(True, False)}
     config = json.loads((section.folder / "model" / "adapter_config.json").read_text())
     saved = load_file(section.folder / "model" / "adapter_model.safetensors")
     assert config["task_type"] == "SEQ_CLS" and "base_model.model.score.weight" in saved
@@ -196,6 +200,19 @@ def test_held_out_pairs_that_are_too_long_are_counted_and_told(reward, capsys):
     told = section.results()
     assert 0 < long < 4 and told["held_out_too_long"] == long and told["held_out"]["own"]["pairs"] == 4 - long
     assert f"{long} held-out pair{'s' * (long > 1)} longer than 100 tokens left out" in capsys.readouterr().out
+
+
+def test_the_scores_of_single_pairs_are_whole_before_the_section_is_done_and_decide_nothing(make_run, start, monkeypatch):
+    """A section that an earlier version finished without them stays finished."""
+    from posttrain.runs import Section
+
+    real, seen = Section.finish, []
+    monkeypatch.setattr(Section, "finish", lambda self, told: seen.append(len(read_lines(self.folder / "held_out.jsonl"))) or real(self, told))
+    section = start(make_run({"reward": SHORT}, pairs=shout(12), held_out={"pairs": 4}), "reward")
+    run(section)
+    assert seen == [4] and section.state() == "done" and not list(section.folder.glob("*.tmp"))
+    (section.folder / "held_out.jsonl").unlink()
+    assert section.state() == "done"
 
 
 def unsafe_preferred(n: int) -> list[dict]:

@@ -13,10 +13,10 @@ from rlhf_support import REWARDS, make_run, started
 from safetensors.torch import load_file
 
 from posttrain import distributed
+from posttrain.errors import PosttrainError
 from posttrain.log import read_lines
 from posttrain.runs import run_sections
 from rlhf import ppo
-from rlhf.rollout import _share_by_length
 
 pytestmark = pytest.mark.timeout(900)  # every launch imports everything twice
 ROOT = Path(__file__).parent.parent
@@ -105,6 +105,47 @@ def test_two_processes_do_what_one_does_and_go_on_after_a_kill(alone, tmp_path_f
     assert done.stdout.count("going on after iteration 1 of 2") == 1 and "2 processes" in done.stdout  # one of them speaks
     assert section.state() == "done"
     same(alone, section)
+
+
+TRAINED = {"tuned": {"stage": "sft", "model": "@sft", "data": "demonstrations", "packing": False, "batch_size": 5, "max_steps": 4, "max_length": 256,
+                     "learning_rate": 1e-3, "save_steps": 2},
+           "judged": {"stage": "reward", "model": "@sft", "own": "safety", "other": "helpful", "safety_loss_weight": 1.0, "batch_size": 1, "max_steps": 3,
+                      "max_length": 256, "learning_rate": 1e-3, "save_steps": 100}}  # a step of one pair: one process has nothing to do
+KILL_TRAINING = """
+import os, signal, sys
+from posttrain import distributed, training
+real = training.complete
+def complete(folder):
+    real(folder)
+    os.kill(os.getpid(), signal.SIGKILL)
+training.complete = complete
+sys.argv[0] = "sft"
+import sft.__main__
+"""
+
+
+def test_two_processes_train_as_one_does_and_go_on_after_a_kill(tmp_path_factory):
+    """Supervised fine-tuning, killed after its first checkpoint, and a reward model: metrics, adapters and heads of one process."""
+    alone = make_run(tmp_path_factory, tmp_path_factory.mktemp("trained-alone"), TRAINED)
+    run_sections(alone, list(TRAINED))
+    run = make_run(tmp_path_factory, tmp_path_factory.mktemp("trained-two"), TRAINED)
+    section = run.section("tuned")
+    cut = launch(run.recipe.path, "tuned", code=KILL_TRAINING)
+    assert cut.returncode and section.state() == "started" and (section.folder / "checkpoint-2" / "checksums.json").exists(), cut.stderr[-3000:]
+    done = launch("run", run.recipe.path, code="import sys; from posttrain.__main__ import app, guarded; guarded(app)")
+    assert done.returncode == 0 and done.stdout.count("going on after step 2 of 4") == 1, done.stdout + done.stderr[-3000:]
+    for name in TRAINED:
+        one, two = alone.section(name), run.section(name)
+        manifest = json.loads((two.folder / "manifest.json").read_text())
+        assert two.state() == "done" and manifest["decisions"]["processes"] == 2 and manifest.get("exact", True)
+        rows = [[{k: v for k, v in r.items() if v is not None and k != "time" and "per_second" not in k} for r in read_lines(s.folder / "metrics.jsonl")]
+                for s in (one, two)]
+        for a, b in zip(*rows, strict=True):
+            assert b == pytest.approx(a, abs=2e-5, rel=1e-4)
+        weights = [load_file(s.folder / "model" / "adapter_model.safetensors") for s in (one, two)]
+        assert weights[0].keys() == weights[1].keys() and all((v - weights[1][k]).abs().max() < 2e-5 for k, v in weights[0].items())
+        before = load_file(run.section("sft").folder / "model" / "adapter_model.safetensors")
+        assert max((before[k] - v).abs().max() for k, v in weights[1].items() if k in before) > 1e-3  # they trained
 
 
 ROUND = {"stage": "rejection", "prompts": "prompts", "policy": "@sft", **REWARDS, "samples_per_prompt": 3, "max_new_tokens": 12, "rows": 12,
@@ -280,6 +321,33 @@ def test_a_launcher_counts_only_where_one_started_us(monkeypatch):
     assert distributed.world() == 8 and distributed.rank() == 3 and not distributed.is_main()
 
 
+@pytest.mark.parametrize("given, told", [
+    ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "it has started one"),  # what `accelerate launch --cpu --num_processes 2` sets
+    ({"ACCELERATE_USE_FSDP": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "FSDP is asked for"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "DeepSpeed is asked for"),
+    ({"ACCELERATE_USE_CPU": "True"}, None), ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}, None)])
+def test_what_a_launcher_was_asked_for_must_happen(monkeypatch, given, told):
+    for key in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    if told is None:
+        return distributed.check_launcher()
+    with pytest.raises(PosttrainError, match=told):
+        distributed.join()  # before it meets anybody
+
+
+@pytest.mark.parametrize("name, words", [("single", {}), ("ddp", {"WORLD_SIZE": "2"})])
+def test_the_launch_files_start_what_they_say(name, words, tmp_path):
+    """accelerate reads them and hands its settings on; the one for several GPUs is only read here, there being none."""
+    import yaml
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    told = load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml"))
+    assert str(told.distributed_type).split(".")[-1] == {"single": "NO", "ddp": "MULTI_GPU"}[name] and (told.num_processes > 1) is (name == "ddp")
+    assert {*yaml.safe_load((ROOT / "recipes" / "accelerate" / f"{name}.yaml").read_text())} <= {*vars(told)} | {"debug"}
+
+
 def test_a_mini_batch_is_shared_by_tokens(monkeypatch):
     lengths = [9, 1, 2, 8, 3, 7]
     trees = [list(range(n)) for n in lengths]  # a tree has a length, and nothing else is asked
@@ -287,5 +355,5 @@ def test_a_mini_batch_is_shared_by_tokens(monkeypatch):
     parts = []
     for r in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda r=r: r)
-        parts.append(_share_by_length([5, 0, 3, 1, 2], trees))
+        parts.append(distributed.share_by_length([5, 0, 3, 1, 2], trees))
     assert sorted(parts[0] + parts[1]) == [0, 1, 2, 3, 5] and abs(sum(lengths[i] for i in parts[0]) - sum(lengths[i] for i in parts[1])) <= 3

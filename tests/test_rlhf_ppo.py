@@ -645,15 +645,15 @@ def renaming(name):
 
 KILLS = {
     "in the warm-up": lambda m: die(m, ppo, "critic_pass", 2),
-    "before the warm-up's checkpoint is sealed": lambda m: die(m, ppo.checkpoint, "seal", 1),
+    "before the warm-up's checkpoint is sealed": lambda m: die(m, ppo.checkpoint, "complete", 1),
     "between seal and rename of the warm-up's checkpoint": lambda m: die(m, Path, "rename", 1, renaming("checkpoint.tmp")),
     "before the first best is in place": lambda m: die(m, Path, "rename", 1, renaming("best.tmp")),
     "while iteration 1 samples": lambda m: die(m, ppo, "collect", 1, lambda *args: args[-1] == 1),
     "in the middle of iteration 2's update": lambda m: die(m, ppo.losses, "value", 1, deep(ppo.losses, 7)),
     "when iteration 2 is told, after its best is kept": lambda m: die(m, Log, "metrics", 1, lambda self, step, row: step == 2),
-    "before iteration 2's checkpoint is sealed": lambda m: die(m, ppo.checkpoint, "seal", 2),
+    "before iteration 2's checkpoint is sealed": lambda m: die(m, ppo.checkpoint, "complete", 2),
     "between seal and rename of iteration 2's checkpoint": lambda m: die(m, Path, "rename", 2, renaming("checkpoint.tmp")),
-    "before old checkpoints are dropped": lambda m: die(m, ppo.checkpoint, "read_json", 2),
+    "before old checkpoints are dropped": lambda m: die(m, ppo.checkpoint, "drop_old", 2),
     "when iteration 3 is told": lambda m: die(m, Log, "metrics", 1, lambda self, step, row: step == 3),
     "before the model is in place": lambda m: die(m, Path, "rename", 1, renaming("model.tmp")),
     "before DONE": lambda m: die(m, Section, "finish", 1),
@@ -714,6 +714,7 @@ def test_killed_three_times_with_a_damaged_checkpoint_it_ends_in_the_same_bytes(
 def test_going_on_with_another_number_of_processes_is_told(engine, monkeypatch, tmp_path):
     said = []
     section = SimpleNamespace(decide=lambda key, choose: 2, inexact=said.append, folder=tmp_path, log=SimpleNamespace(say=None, rewind=lambda n: None))
+    section.same_processes = lambda: Section.same_processes(section)
     ppo.checkpoint.resume(section, None, None, None)
     assert said == ["begun with 2 process(es), it goes on with 1"]
 

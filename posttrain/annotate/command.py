@@ -1,6 +1,7 @@
 """`python -m posttrain annotate`: the page, and what goes in and out of its database."""
 
 import json
+import secrets
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from posttrain.errors import PosttrainError
 from posttrain.log import say
 
 READY = "ready"  # what worker.py says once its models are loaded
-AGAIN = 2.0  # seconds before a worker that ended is begun again
+AGAIN, RAREST = 2.0, 60.0  # seconds before a worker that ended is begun again, each time twice as many up to the second number
 
 
 class Group(TyperGroup):
@@ -85,8 +86,7 @@ def serve(tasks: Tasks = None, db: Db = DEFAULT_DB,
           password_file: Annotated[Path | None,
                                    typer.Option(help="a file with the page's password; or the variable POSTTRAIN_PASSWORD",
                                                 show_default=False)] = None,
-          tls_certificate: Annotated[Path | None, typer.Option(help="a PEM file: the page then speaks https", show_default=False)] = None,
-          tls_key: Annotated[Path | None, typer.Option(help="its key", show_default=False)] = None,
+          tls_certificate: listen.Certificate = None, tls_key: listen.Key = None,
           task: Task = "auto", batch: Batch = None, overlap: Overlap = None, overlap_share: Share = 1.0, between: Between = None, write: Write = 0,
           model: Annotated[list[str] | None, typer.Option(help="who answers prompts without prepared answers and goes on with dialogues; once or "
                                                                "twice: a section's folder, a model folder, or URL#MODEL",
@@ -101,14 +101,12 @@ def serve(tasks: Tasks = None, db: Db = DEFAULT_DB,
     from posttrain.annotate import models, site
     from posttrain.annotate.store import Store
 
-    password = site.read_password(host, password_file)
-    if bool(tls_certificate) != bool(tls_key):
-        raise PosttrainError("--tls-certificate, --tls-key", "one without the other", "both, or none", "Give both.")
+    password, tls = site.read_password(host, password_file), listen.tls(tls_certificate, tls_key)
     chosen = models.variants(model, temperature or [], max_new_tokens, api_key_env) if model else []
     store = Store(db)
     put_in(store, tasks or [], task, batch, overlap, overlap_share, between, write)
     _check_queues(store, bool(chosen))
-    _listen(store, chosen, host, port, password, lease * 60, tls_certificate, tls_key)
+    _listen(store, chosen, host, port, password, lease * 60, tls)
 
 
 def _check_queues(store, live: bool) -> None:
@@ -125,7 +123,7 @@ def _check_queues(store, live: bool) -> None:
                                  "Name one or two with --model, or load tasks with prepared answers.")
 
 
-def _listen(store, chosen: list, host: str, port: int, password: str | None, lease: float, certificate: Path | None, key: Path | None) -> None:
+def _listen(store, chosen: list, host: str, port: int, password: str | None, lease: float, tls: dict[str, Path]) -> None:
     """Serve until stopped. The port is bound first, so that a port in use is told before a model is loaded."""
     from posttrain.annotate.web import build
 
@@ -133,13 +131,12 @@ def _listen(store, chosen: list, host: str, port: int, password: str | None, lea
     port = listener.getsockname()[1]
     answerer = Answerer(store, chosen) if chosen else None
     app_ = build(store, password, bool(chosen), answerer.wake if answerer else lambda: None, lease, f"annotate_{port}")
-    shown = f"[{host}]" if ":" in host else host
-    say(f"Annotation page: {'https' if certificate else 'http'}://{shown}:{port} ({store.place}" +
+    say(f"Annotation page: {listen.address(listener, bool(tls))} ({store.place}" +
         (f"; answers by {chosen[0].name} and {chosen[1].name}" if chosen else "") + "). Ctrl-C stops it; nothing is lost.")
-    if password and not certificate:
+    if password and not tls:
         say("note: without --tls-certificate the password crosses the network as it is: put a proxy with https before the page, or reach it "
             "through ssh -L")
-    server = listen.server(app_, patience=5, ssl_certfile=certificate, ssl_keyfile=key)
+    server = listen.server(app_, patience=5, **tls)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what follows runs then too
     try:
         server.run(sockets=[listener])
@@ -153,7 +150,14 @@ class Answerer:
     """The process that answers (worker.py), begun again should it end. It ends with this one: its standard input is a pipe from here."""
 
     def __init__(self, store, chosen: list):
-        self._order = json.dumps({"db": store.engine.url.render_as_string(hide_password=False), "variants": [v.plain() for v in chosen]})
+        from sqlalchemy import delete
+
+        from posttrain.annotate.store import attempts
+
+        with store.write() as c:
+            c.execute(delete(attempts))  # of an earlier start, perhaps with other models or lengths
+        self._order = json.dumps({"db": store.engine.url.render_as_string(hide_password=False), "variants": [v.plain() for v in chosen],
+                                  "name": secrets.token_hex(8)})
         self._closing, self._writing = False, threading.Lock()
         self._begin()
         threading.Thread(target=self._follow, daemon=True).start()
@@ -171,17 +175,20 @@ class Answerer:
                              "See the message above.")
 
     def _follow(self) -> None:
+        pause, began = AGAIN / 2, time.monotonic()
         while not self._closing:
             for line in self.process.stdout:
                 say(line.rstrip())
             if self._closing:
                 return
-            say(f"note: the process that answers ended (exit code {self.process.wait()}); beginning it again", style="bold")
-            time.sleep(AGAIN)
+            pause = AGAIN if time.monotonic() - began > RAREST else min(2 * pause, RAREST)
+            say(f"note: the process that answers ended (exit code {self.process.wait()}); beginning it again in {pause:g} s", style="bold")
+            time.sleep(pause)
             try:
                 self._begin()
-            except PosttrainError as e:
+            except (PosttrainError, OSError) as e:
                 say(f"error: {e}", style="bold red")
+            began = time.monotonic()
 
     def wake(self) -> None:
         """Something new waits."""

@@ -2,29 +2,34 @@
 demonstrations from ideal answers, the red team's prompts, ratings, and Label Studio's form of all comparisons.
 
 Pairs are made as rlhf/annotations.py makes them: of several annotators the majority's choice, the median of its ratings, the bin that most of it
-gave. Files are written whole or not at all.
+gave. folder.py writes the files.
 """
 
+import json
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
 from sqlalchemy import select
 
-from posttrain.annotate import figures, labelstudio
+from posttrain.annotate import figures, folder, labelstudio
 from posttrain.annotate.figures import LEVELS, Judgement
 from posttrain.annotate.kinds import VIOLATION
 from posttrain.annotate.store import Store, queues
 from posttrain.data import held_out_keys, prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Annotation, Prompt
-from posttrain.runs import write_json, write_lines
+from posttrain.runs import digest
+
+REPORT = "report.json"
 
 
 def export(store: Store, out: Path, held_out: int = 0, batches: list[str] | None = None, seed: int = 0) -> dict[str, int]:
-    """Write a batch's files, and report.json, into the folder `out`. held_out: pairs of every batch and kind that go into a file of their own,
-    whole prompts together; a prompt that one batch holds out is in no batch's training file. Returns the rows by file.
+    """Write the batches' files, and report.json, into the folder `out`. held_out: pairs of every batch and kind that go into a file of their own,
+    whole prompts together; a prompt that one batch holds out is in no batch's training files. batches: these alone; files of others that an
+    earlier export wrote there stay. Returns the rows by file.
 
-    Raises PosttrainError for a batch that is not there, and where too much would be held out.
+    Raises PosttrainError for a batch that is not there, where too much would be held out, and where a file that no export wrote is in the way.
     """
     with store.read() as c:
         rows = c.execute(select(queues).order_by(queues.c.id)).mappings().all()
@@ -33,33 +38,49 @@ def export(store: Store, out: Path, held_out: int = 0, batches: list[str] | None
     if missing := [b for b in batches or [] if b not in {batch for batch, _, _ in found}]:
         raise PosttrainError(f"--batch {missing[0]}", "no such batch", f"one of {', '.join(dict.fromkeys(b for b, _, _ in found)) or 'none yet'}",
                              "Check the name.")
-    files: dict[str, list] = {}
     pairs = {(batch, kind): pairs_of(judgements, batch) for batch, kind, judgements in found if kind in ("helpfulness", "safety")}
     kept = held(pairs, held_out, seed)
+    files: dict[str, list] = {}
+    batch_of: dict[str, str] = {}
     for batch, kind, judgements in found:
-        if (batches and batch not in batches) or not judgements:
-            continue
-        name = f"{batch}.{kind}"
-        if kind in ("helpfulness", "safety"):
-            keys = [prompt_key(Prompt(p["prompt"])) for p in pairs[batch, kind]]
-            files[f"{name}.pairs.jsonl"] = [p for p, key in zip(pairs[batch, kind], keys, strict=True) if key not in kept]
-            files[f"{name}.pairs.held_out.jsonl"] = [p for p, key in zip(pairs[batch, kind], keys, strict=True) if key in kept]
-            files[f"{name}.demonstrations.jsonl"] = demonstrations(judgements, batch)
-            files[f"{batch}.annotations.jsonl"] = files.get(f"{batch}.annotations.jsonl", []) + annotations(judgements)
-            files[f"{name}.label-studio.json"] = labelstudio.completed(judgements)
-        else:
-            files[f"{name}.jsonl"] = {"redteam": dialogues, "compare": preferences, "rate": ratings}[kind](judgements)
-            if kind == "redteam":
-                files[f"{name}.prompts.jsonl"] = attacks(judgements, batch)
-    files = {name: rows for name, rows in files.items() if rows}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, rows in files.items():
-            (write_lines if name.endswith(".jsonl") else write_json)(out / name, rows)
-        write_json(out / "report.json", figures.report(store, known))
-    except OSError as e:
-        raise PosttrainError(f"--out {out}", f"cannot be written ({e.strerror})", "a folder that can be written", "Name another one.") from None
-    return {name: len(rows) for name, rows in files.items()}
+        if not batches or batch in batches:
+            for name, made in files_of(batch, kind, judgements, pairs.get((batch, kind), []), kept).items():
+                files[name], batch_of[name] = files.get(name, []) + made, batch
+    texts = {name: as_lines(made) if name.endswith(".jsonl") else as_json(made) for name, made in files.items()}
+    folder.write(out, texts | {REPORT: as_json(figures.report(store, known))}, batch_of, digest(store.facts["seed"])[:16], batches,
+                 digest(sorted(kept)))
+    return {name: len(made) for name, made in files.items()}
+
+
+def files_of(batch: str, kind: str, found: list[Judgement], pairs: list[dict], kept: set[str]) -> dict[str, list]:
+    """Name -> rows of one batch and kind, no name without a row. kept: the keys of the prompts that are held out; rows about them that training
+    would read go into files of their own. Records of what people said stay whole."""
+    name, out = f"{batch}.{kind}", {}
+
+    def split(what: str, rows: list[dict], keys: Iterable[str]) -> None:
+        for row, key in zip(rows, keys, strict=True):
+            out.setdefault(f"{what}.held_out.jsonl" if key in kept else f"{what}.jsonl", []).append(row)
+
+    if kind in ("helpfulness", "safety"):
+        ideal = [j for j in found if j.turn.ideal]
+        first = [j for j in found if j.state.content.get("collected") and j.number == 0]
+        split(f"{name}.pairs", pairs, [prompt_key(Prompt(p["prompt"])) for p in pairs])
+        split(f"{name}.demonstrations", demonstrations(ideal, batch), [j.key for j in ideal])
+        split(f"{batch}.annotations", annotations(first), [j.key for j in first])
+        out[f"{name}.label-studio.json"] = labelstudio.completed(found)
+    else:
+        out[f"{name}.jsonl"] = {"redteam": dialogues, "compare": preferences, "rate": ratings}[kind](found)
+        if kind == "redteam":
+            split(f"{name}.prompts", attacks(found, batch), [j.key for j in found])
+    return {n: rows for n, rows in out.items() if rows}
+
+
+def as_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def as_json(value) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def pairs_of(found: list[Judgement], source: str) -> list[dict]:
@@ -95,20 +116,18 @@ def held(pairs: dict[tuple[str, str], list[dict]], count: int, seed: int) -> set
 
 
 def annotations(found: list[Judgement]) -> list[dict]:
-    """What a section `annotations` reads: judgements of tasks of a collect section, whose id it knows."""
+    """What a section `annotations` reads. found: judgements of first turns of tasks of a collect section, whose id it knows."""
     out = []
-    for j in found:
-        if j.state.content.get("collected") and j.number == 0:
-            said = annotation(j)
-            row = {"id": said.id, "choice": said.choice, "rating": LEVELS[said.rating], "annotator": said.annotator}
-            out.append(row | {k: v for k, v in (("safety", said.safety), ("edited", said.edited)) if v})
+    for said in map(annotation, found):
+        row = {"id": said.id, "choice": said.choice, "rating": LEVELS[said.rating], "annotator": said.annotator}
+        out.append(row | {k: v for k, v in (("safety", said.safety), ("edited", said.edited)) if v})
     return out
 
 
 def demonstrations(found: list[Judgement], source: str) -> list[dict]:
-    """Ideal answers as conversations to imitate, loss on the ideal answer alone."""
+    """Ideal answers as conversations to imitate, loss on the ideal answer alone. found: judgements with one."""
     return [{"messages": [*j.turn.prompt, {"role": "assistant", "content": j.turn.ideal}], "loss": "last", "source": source,
-             "safety": j.state.kind.name == "safety", "annotator": j.annotator} for j in found if j.turn.ideal]
+             "safety": j.state.kind.name == "safety", "annotator": j.annotator} for j in found]
 
 
 def dialogues(found: list[Judgement]) -> list[dict]:

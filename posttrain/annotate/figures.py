@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from statistics import median, median_low
 
-from sqlalchemy import Connection, case, func, select
+from sqlalchemy import Connection, and_, case, func, select
 
 from posttrain.annotate.kinds import DEGREES, HARM, KINDS, PREFERENCES, REASONS, VIOLATION
 from posttrain.annotate.store import Store, answers, events, queues, skips, slots, tasks, unpack
@@ -47,7 +47,7 @@ class Judgement:
 
 def judged(c: Connection, queue: int) -> list[Judgement]:
     """The judgements of a queue's finished tasks, in the tasks' order, of one task in the order in which its annotators finished. Turns that a red
-    team went past hold no values and are left out."""
+    team went past without answering every question are left out."""
     content = {t: unpack(text) for t, text in c.execute(select(tasks.c.id, tasks.c.content).where(tasks.c.queue == queue))}
     done = c.execute(select(slots).where(slots.c.queue == queue, slots.c.state == "done").order_by(slots.c.place, slots.c.ended)).mappings().all()
     said = defaultdict(list)
@@ -59,7 +59,7 @@ def judged(c: Connection, queue: int) -> list[Judgement]:
     for slot in done:
         state = fold(slot["task"], queue, content[slot["task"]], slot["annotator"], said[slot["task"], slot["annotator"]], live, "", dict(slot))
         out += [Judgement(slot["task"], n, turn, state, slot["annotator"], slot["ended"] - slot["began"], slot["ended"])
-                for n, turn in enumerate(state.turns) if turn.values]
+                for n, turn in enumerate(state.turns) if all(q.name in turn.values for q in state.kind.questions)]
     return out
 
 
@@ -94,7 +94,19 @@ def _counts(c: Connection, queue: int) -> dict:
     return {"tasks": c.execute(select(func.count()).select_from(tasks).where(tasks.c.queue == queue)).scalar_one(),
             "tasks_done": c.execute(select(func.count()).select_from(whole.subquery())).scalar_one(),
             "wanted": sum(by_state.values()), "done": by_state.get("done", 0), "open": by_state.get("open", 0),
-            "skipped": {REASONS.get(k, k): n for k, n in sorted(reasons.items(), key=lambda kv: -kv[1])}}
+            "skipped": {REASONS.get(k, k): n for k, n in sorted(reasons.items(), key=lambda kv: -kv[1])}, "failed": _failed(c, queue)}
+
+
+def _failed(c: Connection, queue: int) -> dict[str, int]:
+    """Why live models gave no answer -> how many unfinished tasks stand still for it."""
+    why = dict(c.execute(select(answers.c.key, answers.c.error).where(answers.c.queue == queue, answers.c.state == "failed")).all())
+    if not why:
+        return {}
+    given = select(slots.c.task).where(slots.c.queue == queue, slots.c.state != "done").distinct()
+    asked = select(events.c.id).join(slots, and_(slots.c.task == events.c.task, slots.c.annotator == events.c.annotator)).where(
+        events.c.queue == queue, events.c.action == "message", events.c.undone_by.is_(None), slots.c.state == "open")
+    still = [f"task {t}" for (t,) in c.execute(given)] + [f"event {i}" for (i,) in c.execute(asked)]
+    return dict(Counter(why[key] for key in still if key in why).most_common())
 
 
 def _people(c: Connection, queue: int, found: list[Judgement]) -> list[dict]:
@@ -183,18 +195,20 @@ def ratings(found: list[Judgement]) -> dict:
 
 
 def attacks(found: list[Judgement]) -> dict:
-    """The red team's results: dialogues by risk, way and degree, the share of violations, and violations for each person and hour (the paper's
-    gamma: lower is better)."""
+    """The red team's results: labelled turns by risk, way and degree, the share of violations, and violations for each person and hour (the
+    paper's gamma: lower is better). A dialogue may be labelled at several of its turns; its time counts once."""
     hit = [float(j.turn.values["degree"] >= VIOLATION) for j in found]
-    hours = sum(j.seconds for j in found) / 3600
+    seconds = {(j.task, j.annotator): j.seconds for j in found}
+    hours = sum(seconds.values()) / 3600
 
     def table(name: str) -> dict:
-        return {value: {"dialogues": sum(j.turn.values[name] == value for j in found),
+        return {value: {"labelled": sum(j.turn.values[name] == value for j in found),
                         "violations": int(sum(h for h, j in zip(hit, found, strict=True) if j.turn.values[name] == value))}
                 for value in sorted({j.turn.values[name] for j in found})}
 
     degrees = Counter(j.turn.values["degree"] for j in found)
-    return {"dialogues": len(found), "violations": int(sum(hit)), "violation_share": interval(hit, [j.key for j in found]), "hours": hours,
+    return {"dialogues": len(seconds), "labelled": len(found), "violations": int(sum(hit)),
+            "violation_share": interval(hit, [j.key for j in found]), "hours": hours,
             "violations_per_hour": sum(hit) / hours if hours else None, "by_category": table("category"), "by_vector": table("vector"),
             "degrees": {d: degrees[d] for d in range(1, HARM + 1)}, "agreement": gwet_ac2(
                 [[j.turn.values["degree"] for j in g] for g in several(found).values() if len(g) > 1], HARM)}
@@ -211,6 +225,7 @@ def words(told: list[dict]) -> str:
         lines.append(f"{q['batch']}, {q['title']}: {q['done']:,} of {q['wanted']:,} annotations "
                      f"({q['tasks_done']:,} of {q['tasks']:,} tasks complete){at_work}")
         lines += [f"  skipped: {n} × {reason}" for reason, n in q["skipped"].items()]
+        lines += [f"  without an answer: {n} × {reason}" for reason, n in q["failed"].items()]
         for p in q["people"]:
             each = f", {p['seconds']:.0f} s each (median)" if p["seconds"] is not None else ""
             lines.append(f"  {p['name']}: {p['done']:,} done, {p['skipped']} skipped{each}")
@@ -255,7 +270,8 @@ def _rating_words(q: dict) -> list[str]:
 
 def _attack_words(q: dict) -> list[str]:
     rate = f"{q['violations_per_hour']:.2f}" if q["violations_per_hour"] is not None else "–"
-    return [f"  {q['violations']} violations in {q['dialogues']} dialogues ({_share(q['violation_share'])}), {rate} for each person and hour"]
+    return [f"  {q['violations']} violations in {q['labelled']} labelled turns of {q['dialogues']} dialogues ({_share(q['violation_share'])}), "
+            f"{rate} for each person and hour"]
 
 
 OF_WORDS = {"helpfulness": _preference_words, "safety": _preference_words, "redteam": _attack_words, "compare": _comparison_words,

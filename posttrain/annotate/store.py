@@ -17,7 +17,7 @@ from pathlib import Path
 from sqlalchemy import (
     Column,
     Connection,
-    Float,
+    Double,
     ForeignKey,
     Index,
     Integer,
@@ -54,15 +54,15 @@ tasks = Table(
 slots = Table(
     "slots", metadata, Column("id", Integer, primary_key=True), Column("task", ForeignKey("tasks.id"), nullable=False),
     Column("queue", Integer, nullable=False), Column("place", Integer, nullable=False), Column("number", Integer, nullable=False),
-    Column("state", String(8), nullable=False, default="free"), Column("annotator", String(100)), Column("until", Float),
-    Column("began", Float), Column("ended", Float), UniqueConstraint("task", "annotator"), UniqueConstraint("task", "number"),
+    Column("state", String(8), nullable=False, default="free"), Column("annotator", String(100)), Column("until", Double),
+    Column("began", Double), Column("ended", Double), UniqueConstraint("task", "annotator"), UniqueConstraint("task", "number"),
     Index("slots_by_state", "queue", "state", "place", "number"), Index("slots_by_annotator", "annotator", "queue", "state"))
 
 events = Table(
     "events", metadata, Column("id", Integer, primary_key=True), Column("token", String(64), nullable=False, unique=True),
     Column("queue", Integer, nullable=False), Column("task", ForeignKey("tasks.id"), nullable=False),
     Column("annotator", String(100), nullable=False),
-    Column("action", String(20), nullable=False), Column("value", Text, nullable=False), Column("at", Float, nullable=False),
+    Column("action", String(20), nullable=False), Column("value", Text, nullable=False), Column("at", Double, nullable=False),
     Column("undone_by", Integer),
     Index("events_of_task", "task", "annotator"), Index("events_of_annotator", "annotator", "queue", "id"))
 
@@ -74,12 +74,16 @@ answers = Table(  # what live models wrote. key: 'task ID' for a task's first tu
     "answers", metadata, Column("key", String(80), primary_key=True), Column("queue", Integer, nullable=False),
     Column("state", String(8), nullable=False),
     Column("messages", Text, nullable=False), Column("wanted", Integer, nullable=False), Column("answers", Text), Column("error", Text),
-    Column("urgent", Integer, nullable=False), Column("asked", Float, nullable=False), Column("tries", Integer, nullable=False, default=0),
+    Column("urgent", Integer, nullable=False), Column("asked", Double, nullable=False), Column("tries", Integer, nullable=False, default=0),
     Index("answers_to_make", "state", "urgent", "asked"))
+
+attempts = Table(  # of answers that wait: attempts that brought none, each counted before it begins, so that one which ends the process counts too
+    "attempts", metadata, Column("key", String(80), primary_key=True), Column("begun", Integer, nullable=False),
+    Column("after", Double, nullable=False), Column("worker", String(40), nullable=False))  # when the next one may begin; who began the last one
 
 annotators = Table(  # key: the name without regard to case
     "annotators", metadata, Column("key", String(100), primary_key=True), Column("name", String(100), nullable=False),
-    Column("since", Float, nullable=False))
+    Column("since", Double, nullable=False))
 
 
 def url_of(db: str) -> str:

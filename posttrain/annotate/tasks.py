@@ -10,6 +10,7 @@
 Every row is checked before the first one is stored.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from posttrain.log import read_lines
 from posttrain.runs import digest
 
 TRUE = (True, 1, "true", "1", "yes")
+NAMES = {1: ("answer",), 2: ("answer_a", "answer_b")}  # the columns of so many answers
+GO_ON = ("helpfulness", "safety")  # kinds whose dialogues go on with the answer that was chosen
 DEEPEST = 20  # prepared turns after the first
 
 
@@ -41,18 +44,23 @@ def read(path: Path, kind: str, between: list[str] | None = None) -> list[dict]:
         if isinstance(row, RowError):
             raise _bad(path, number, row)
         rows.append((number, row["data"] if isinstance(row.get("data"), dict) and "prompt" not in row else row))
-    if rows and all("model" in row and "answer" in row and "sample" in row for _, row in rows):
+    samples = bool(rows) and all("model" in row and "answer" in row and "sample" in row for _, row in rows)
+    if samples:
         rows = _samples(path, rows, kind, between)
     elif between:
         raise PosttrainError("--between", f"{path} is no evaluation's samples.jsonl", "rows with model, sample, prompt and answer",
                              "Leave --between out.")
     key = {row["id"]: row for row in read_lines(path.with_name("key.jsonl")) if isinstance(row, dict) and "id" in row}
-    out = []
+    out, equal = [], Counter()
     for number, row in rows:
         try:
-            out.append(_task(row, kind, key))
+            task = _task(row, kind, key)
         except RowError as e:
             raise _bad(path, number, e) from None
+        equal[task["id"]] += 1
+        if samples and equal[task["id"]] > 1:  # a model that says the same twice is judged twice; the first keeps the id that a database may hold
+            task["id"] = "p" + digest([task["id"], equal[task["id"]]])[:15]
+        out.append(task)
     if not out:
         raise PosttrainError(str(path), "no row", "at least one task", "Check the file.")
     return out
@@ -78,13 +86,19 @@ def _task(row: dict, kind: str, key: dict[str, dict]) -> dict:
         raise RowError("wrong_type", f"'id' is {show(known)}", "a text of at most 60 characters")
     task = {"kind": kind, "prompt": prompt, "answers": said, "safety": safe in TRUE}
     if row.get("then"):
+        if kind not in GO_ON:
+            raise RowError("unknown_key", f"'then' in a {kind} task, which has one turn to judge", f"it in {' and '.join(GO_ON)} tasks alone",
+                           "Give the dialogue whole: its turns as 'prompt', its last answer as the answer")
+        if not said:
+            raise RowError("no_answer", "'then' in a row whose own answers are not there", f"{' and '.join(NAMES[wanted])} beside it",
+                           "Add the answers, or take 'then' out: live models go on by themselves")
         task["then"] = _then(row["then"], wanted)
     return {"id": known or "p" + digest([kind, prompt, said, task.get("then")])[:15], **task, "collected": known is not None and known in key}
 
 
 def _answers(row: dict, wanted: int, key: dict | None = None) -> list[dict]:
     """The prepared answers, or none. Who wrote them: the key's `variant`, or the row's model_a, model_b or model."""
-    names = ("answer_a", "answer_b") if wanted == 2 else ("answer",)
+    names = NAMES[wanted]
     given = [n for n in names if row.get(n) not in (None, "")]
     if not given:
         return []
@@ -114,7 +128,7 @@ def _then(then, wanted: int, depth: int = 1) -> dict:
             raise RowError("wrong_type", f"'then' has '{show(side)}'", "a and b, each with a message and its answers")
         answers = _answers(turn, wanted)
         if not answers:
-            raise RowError("no_answer", "a turn of 'then' has no answers", "answer_a and answer_b" if wanted == 2 else "answer")
+            raise RowError("no_answer", "a turn of 'then' has no answers", " and ".join(NAMES[wanted]))
         out[side] = {"message": _clean(turn["message"]), "answers": answers}
         if turn.get("then"):
             out[side]["then"] = _then(turn["then"], wanted, depth + 1)
@@ -133,7 +147,7 @@ def _samples(path: Path, rows: list[tuple[int, dict]], kind: str, between: list[
         return [(n, {key: row[key] for key in ("prompt", "answer", "model")}) for n, row in rows if row["model"] in chosen and row["answer"]]
     if len(chosen) != 2:
         raise PosttrainError(str(path), f"answers of {len(models)} models ({', '.join(models)})", "two of them", "Name them: --between FIRST,SECOND.")
-    found = {name: {(pack(row["prompt"]), row["sample"]): (n, row) for n, row in rows if row["model"] == name} for name in chosen}
+    found = {name: {(row.get("row"), pack(row["prompt"]), row["sample"]): (n, row) for n, row in rows if row["model"] == name} for name in chosen}
     out = []
     for at, (n, row) in found[chosen[0]].items():
         other = found[chosen[1]].get(at)

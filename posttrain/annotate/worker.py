@@ -1,31 +1,46 @@
 """The process that answers: it takes what waits in the store, samples or asks an endpoint, and puts the answers there. The page stays quick, and
 what is written outlives both.
 
-Run as a module with one line of JSON on standard input ({"db", "variants"}); every further line says that something new may wait. Standard input
-ends with the page's process, and this one with it.
+A fault (memory that runs out, an exception of the model's) costs the prompts of that attempt a wait, then each is tried alone; after ATTEMPTS
+attempts a prompt is marked as failed with the reason, and the others are answered. An attempt is counted before it begins: one that ends this
+process counts too.
+
+Run as a module with one line of JSON on standard input ({"db", "variants", "name"}); every further line says that something new may wait.
+Standard input ends with the page's process, and this one with it.
 """
 
+import gc
 import json
 import os
+import re
 import sys
 import threading
+import traceback
 from importlib import import_module
 from pathlib import Path
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, func, insert, or_, select, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from posttrain.annotate.command import READY
 from posttrain.annotate.models import Variant, judge_config
-from posttrain.annotate.store import Store, answers, pack, unpack
+from posttrain.annotate.store import Store, answers, attempts, now, pack, unpack
 from posttrain.chunks import derive_seed
 from posttrain.config import ModelConfig
 from posttrain.errors import PosttrainError
 from posttrain.log import say
 
+ATTEMPTS = 3  # of a prompt, until it is marked as failed
+BACKOFF = 2.0  # seconds before the second attempt; four times as many before the third
+HOLD = 600.0  # seconds for which another page's process on the same store leaves a prompt to this one
 DRAWS = 4  # of both answers, until they can be compared
 AT_ONCE = 8  # prompts
 LONGEST = 4096  # tokens of a prompt
 PATIENCE = 5.0  # seconds between two looks where nobody says that something waits
+MEMORY = re.compile("out of memory|n't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
+NO_MEMORY = ("the memory ran out while the model wrote it. Whoever runs the page can begin it again with a smaller --max-new-tokens, a smaller or "
+             "quantized model, or an endpoint (--model URL#MODEL); a shorter conversation needs less, too")
+ENDED = f"the process that answers ended while it was at this, {ATTEMPTS} times; its last messages are in the terminal of the page"
 
 
 class Fault(Exception):
@@ -99,22 +114,78 @@ class Remote:
 
 
 class Worker:
-    def __init__(self, store: Store, variants: list[Variant]):
-        self.store, self.variants = store, variants
+    def __init__(self, store: Store, variants: list[Variant], name: str = ""):
+        """name: the same when the process is begun again; another one for another page's process on the same store."""
+        self.store, self.variants, self.name = store, variants, name
         local = None if all(v.url for v in variants) else Local(variants)
         self.sources = [Remote(v) if v.url else local for v in variants]
+        with store.write() as c:  # what it was at when it ended
+            c.execute(update(attempts).where(attempts.c.worker == name).values(after=now() + BACKOFF))
 
     def step(self) -> int:
-        """Answer what waits longest, urgent prompts first. Returns how many prompts were taken."""
-        with self.store.read() as c:
-            rows = c.execute(select(answers).where(answers.c.state == "waiting").order_by(answers.c.urgent.desc(), answers.c.asked)
-                             .limit(AT_ONCE)).mappings().all()
-        rows = [r for r in rows if r["urgent"]] or rows[:2]  # few of those that nobody waits for, so that somebody who comes waits little
-        if rows:
-            self._answer([dict(r) for r in rows])
+        """Answer what waits longest, urgent prompts first. Returns how many prompts were taken. Raises where the accelerator can't be used any
+        more in this process, and where the store can't."""
+        rows = self._due()
+        if rows and rows[0]["begun"] >= ATTEMPTS:
+            self._put(rows, {r["key"]: ENDED for r in rows}, {})
+        elif rows:
+            self._count(rows)
+            try:
+                drawn, fault = self._draw(rows), None
+            except Exception as e:
+                if not isinstance(e, PosttrainError) and reason(e) != NO_MEMORY:
+                    traceback.print_exc()
+                drawn, fault = {}, e.with_traceback(None)  # its frames hold tensors
+            if fault is None:
+                self._put(rows, {r["key"]: problem(drawn[r["key"]]) for r in rows}, drawn)
+            else:
+                self._missed(rows, fault)
         return len(rows)
 
-    def _answer(self, rows: list[dict]) -> None:
+    def _due(self) -> list[dict]:
+        """The prompts of the next attempt, with the number of those that were `begun`: several new ones, or one alone that an attempt failed."""
+        begun = func.coalesce(attempts.c.begun, 0).label("begun")
+        with self.store.read() as c:
+            rows = [dict(r) for r in c.execute(
+                select(answers, begun).outerjoin(attempts, attempts.c.key == answers.c.key)
+                .where(answers.c.state == "waiting", or_(attempts.c.after.is_(None), attempts.c.after <= now()))
+                .order_by(answers.c.urgent.desc(), begun, answers.c.asked).limit(AT_ONCE)).mappings()]
+        rows = [r for r in rows if r["urgent"]] or rows[:2]  # few of those that nobody waits for, so that somebody who comes waits little
+        return [r for r in rows if not r["begun"]] or rows[:1]
+
+    def _count(self, rows: list[dict]) -> None:
+        with self.store.write() as c:
+            for r in rows:
+                r["begun"] += 1
+                row = {"begun": r["begun"], "after": now() + HOLD, "worker": self.name}
+                if not c.execute(update(attempts).where(attempts.c.key == r["key"]).values(**row)).rowcount:
+                    c.execute(insert(attempts).values(key=r["key"], **row))
+
+    def _missed(self, rows: list[dict], fault: Exception) -> None:
+        why = reason(fault)
+        over = [r for r in rows if r["begun"] >= ATTEMPTS]
+        self._put(over, {r["key"]: why for r in over}, {})
+        with self.store.write() as c:
+            for r in rows:
+                c.execute(update(attempts).where(attempts.c.key == r["key"]).values(after=now() + wait(r["begun"])))
+        again = len(rows) - len(over)
+        then = f"asked again {'one at a time ' if again > 1 else ''}in {wait(rows[0]['begun']):g} s" if again else "marked as failed"
+        say(f"note: {len(rows)} prompt{'s' * (len(rows) > 1)} without an answer: {why}; {then}")
+        free_memory()
+        if type(fault).__name__ == "AcceleratorError" and why != NO_MEMORY:
+            raise fault
+
+    def _put(self, rows: list[dict], why: dict[str, str | None], drawn: dict[str, list]) -> None:
+        """Store the answers, or why there are none."""
+        with self.store.write() as c:
+            for r in rows:
+                said = None if why[r["key"]] else pack([{"text": text, "model": v.name} for v, text in drawn[r["key"]]])
+                c.execute(update(answers).where(answers.c.key == r["key"], answers.c.state == "waiting").values(
+                    state="failed" if why[r["key"]] else "ready", error=why[r["key"]], answers=said, tries=r["tries"] + 1))
+                c.execute(delete(attempts).where(attempts.c.key == r["key"]))
+
+    def _draw(self, rows: list[dict]) -> dict[str, list]:
+        """(variant, text or Fault) of every prompt, by its key."""
         drawn: dict[str, list] = {}
         for attempt in range(DRAWS):
             todo = [r for r in rows if r["key"] not in drawn or problem(drawn[r["key"]])]
@@ -131,12 +202,7 @@ class Worker:
             lasting = [r["key"] for r in todo if attempt == 0 and any(isinstance(t, Fault) and "endpoint" in str(t) for _, t in drawn[r["key"]])]
             if len(lasting) == len(todo):  # the endpoint's own retries are over
                 break
-        with self.store.write() as c:
-            for r in rows:
-                why = problem(drawn[r["key"]])
-                said = None if why else pack([{"text": text, "model": v.name} for v, text in drawn[r["key"]]])
-                c.execute(update(answers).where(answers.c.key == r["key"], answers.c.state == "waiting").values(
-                    state="failed" if why else "ready", error=why, answers=said, tries=r["tries"] + 1))
+        return drawn
 
     @staticmethod
     def variant_of(row: dict) -> int:
@@ -153,6 +219,26 @@ def problem(drawn: list[tuple[Variant, "str | Fault"]]) -> str | None:
     return "both answers are the same" if len(drawn) == 2 and drawn[0][1] == drawn[1][1] else None
 
 
+def wait(begun: int) -> float:
+    """Seconds until a prompt's next attempt."""
+    return BACKOFF * 4 ** (begun - 1)
+
+
+def reason(fault: Exception) -> str:
+    """Why an attempt brought no answer, in words for the page."""
+    if isinstance(fault, MemoryError) or MEMORY.search(str(fault)):
+        return NO_MEMORY
+    words = fault.found if isinstance(fault, PosttrainError) else f"{type(fault).__name__}: {fault}"
+    return f"the model could not answer ({' '.join(words.split())[:300]})"
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")  # an endpoint needs none
+    if torch and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def main() -> None:
     order = json.loads(sys.stdin.readline())
     wake = threading.Event()
@@ -164,15 +250,15 @@ def main() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     store = Store(order["db"], make=False)
-    worker = Worker(store, [Variant(**v) for v in order["variants"]])
+    worker = Worker(store, [Variant(**v) for v in order["variants"]], order["name"])
     print(READY, flush=True)
     while True:
         wake.clear()
         try:
             if not worker.step():
                 wake.wait(PATIENCE)
-        except PosttrainError as e:
-            say(f"error: {e}")
+        except SQLAlchemyError as e:
+            say(f"error: {store.place}: {getattr(e, 'orig', None) or e}; looking again in {PATIENCE:g} s")
             wake.wait(PATIENCE)
 
 
