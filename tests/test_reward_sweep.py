@@ -200,7 +200,7 @@ def test_a_sweep_runs_is_skipped_and_draws_its_curve(make_run, capsys):
     run_sections(Run(run.recipe))
     assert capsys.readouterr().out.count("done already, skipped") == 3
     page = report.write(run).read_text()
-    assert "Accuracy against the amount of data (helpfulness model)" in page and "can&#39;t be shown" not in page
+    assert "Accuracy against the amount of data (rm-1 model)" in page and "can&#39;t be shown" not in page
 
 
 def run_shape(run: Run) -> int:
