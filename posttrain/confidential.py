@@ -5,8 +5,9 @@ import re
 from posttrain.errors import PosttrainError
 
 SECRETS = {
-    "an address with a user and a password": re.compile(r"\w+://[^/\s@]*:[^/\s@]*@"),
-    "an access token": re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    "an address with a user and a password": re.compile(r"\w+://(?![^/\s@]*\$\{)[^/?#\s@]*:[^/?#\s@]*@"),
+    "an access token": re.compile(r"\b(hf_[A-Za-z0-9]{20,}|(?<![-_])sk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[A-Za-z0-9_-]{20,}"
+                                  r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
                                   r"|AKIA[A-Z0-9]{16}|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,})"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 }

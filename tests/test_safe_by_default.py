@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain import confidential
 from posttrain.config import load_recipe
 from posttrain.errors import PosttrainError
 
@@ -157,7 +158,13 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
 # -- secrets and servers -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("secret", ["https://me:pass@host/model", "hf_" + "a1B2" * 8, "sk-" + "x9" * 16, "ghp_" + "z" * 36, "AKIA" + "A" * 16,
+def test_what_only_resembles_a_secret_is_none():
+    for text in ("data/sk-translations-of-helpful-prompts.jsonl", "en-sk-parallel-corpus-cleaned-V2", "org/sk-legal-instructions-2024",
+                 "http://127.0.0.1:8000#Qwen3@main", "https://example.com?u=a:b@c", "https://${USER}:${PASSWORD}@host/", "s3://bucket/a@b:c"):
+        confidential.refuse({"key": text}, "here")
+
+
+@pytest.mark.parametrize("secret", ["https://me:pass@host/model", "hf_" + "a1B2" * 8, "sk-" + "xA9" * 11, "ghp_" + "z" * 36, "AKIA" + "A" * 16,
                                     "-----BEGIN RSA PRIVATE KEY-----"])
 def test_a_secret_in_a_recipe_is_refused_and_not_shown(tmp_path, secret):
     for changes in ({"model": {"name_or_path": secret}}, {"model": {"revision": secret}}, {"run": {"dir": f"/x/{secret}"}},
