@@ -42,6 +42,8 @@ def through_chunks(section: Section, paths: list[Path], make: Callable[[int, Cal
                 write_chunk(paths[i], with_fewer_rows(section, partial(make, i, ticker.made)))
             ticker.advance()
         distributed.wait()
+    if distributed.world() > 1:
+        section.settle("rows_at_once")
     return [r for i, path in enumerate(paths) for r in (have[i] if i in have else _finished(path))]
 
 

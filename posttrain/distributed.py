@@ -54,6 +54,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def leads() -> bool:
+    """Whether this is the launcher's first process, also while it works alone: what all share on disk, it alone writes."""
+    return _from_launcher("RANK", 0) == 0
+
+
 def check_launcher() -> None:
     """Raises PosttrainError where a launcher was asked for what does not happen: several processes of which one came, or sharded models."""
     asked = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in ("CPU", "FSDP", "DEEPSPEED")}

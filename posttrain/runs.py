@@ -204,19 +204,34 @@ class Section:
         self.manifest.setdefault("inexact_because", []).append(why)
         self.save_manifest()
 
+    def settle(self, key: str) -> int | None:
+        """After the processes decided a number each for itself: the smallest, from now on in all. The manifest has it, and every reason. All call it."""
+        told = distributed.gather((self.manifest.get("decisions", {}).get(key), self.manifest.get("inexact_because", [])))
+        found = [number for number, _ in told if number is not None]
+        if found:
+            self.manifest.setdefault("decisions", {})[key] = min(found)
+        for why in dict.fromkeys(why for _, reasons in told for why in reasons):
+            if why not in self.manifest.get("inexact_because", []):
+                self.inexact(why)
+        self.save_manifest()
+        return min(found, default=None)
+
     def same_processes(self) -> None:
         """Additions over another number of processes round differently."""
         if (before := self.decide("processes", distributed.world)) != distributed.world():
             self.inexact(f"begun with {before} process(es), it goes on with {distributed.world()}")
 
     def save_manifest(self) -> None:
+        if not distributed.leads():
+            return
         as_read = json.loads(json.dumps(self.manifest))
         write_json(self.folder / "manifest.json", as_read | {"sha256": digest(as_read)})
 
     def checksums(self) -> dict[str, list]:
         """{name: [bytes, sha256]} of every file that must stay as it is, now that all are written."""
         found = sorted((Path(at) / name).relative_to(self.folder) for at, _, names in os.walk(self.folder) for name in names)
-        kept = [p for p in found if p.name not in UNCHECKED and not any(fnmatch(p.parts[0], pattern) for pattern in LEFTOVERS)]
+        kept = [p for p in found if p.name not in UNCHECKED and not any(part.startswith(".") for part in p.parts)
+                and not any(fnmatch(p.parts[0], pattern) for pattern in LEFTOVERS)]
         return {str(p): [(self.folder / p).stat().st_size, file_digest(self.folder / p)] for p in kept}
 
     def damage(self, whole: bool) -> list[tuple[Path, str]]:
@@ -275,7 +290,7 @@ class Section:
         if manifest.get("fingerprint") != self.fingerprint:
             return "changed"
         done = self.folder / "DONE"
-        return "done" if done.exists() and done.read_text().strip() == self.fingerprint else "started"
+        return "done" if done.exists() and done.read_bytes().strip() == self.fingerprint.encode() else "started"
 
     def changes(self) -> list[str]:
         """Which inputs differ from those of the folder on disk, in words."""
@@ -402,7 +417,7 @@ class Run:
             section.manifest = read_manifest(section.folder)
         section.folder.mkdir(parents=True, exist_ok=True)
         if not section.manifest:
-            if left := sorted(p.name for p in section.folder.iterdir() if not p.name.endswith(".tmp")):
+            if left := sorted(p.name for p in section.folder.iterdir() if not p.name.endswith(".tmp") and not p.name.startswith(".")):
                 raise PosttrainError(str(section.folder / "manifest.json"), f"missing, though its folder holds {', '.join(left[:3])}",
                                      "the manifest that says what these files are", "Put a copy of it back, or delete the section's folder; it will be "
                                      "made again.")
@@ -465,7 +480,14 @@ def _machine_faults(section: Section):
         if any(words in str(e) for words in ("os error 28", "PytorchStreamWriter failed", "unexpected pos")):
             why = "No space left on device"
         if why:
-            raise PosttrainError(str(section.folder), f"cannot be written ({why})", "room on a writable disk",
+            named = isinstance(e, OSError) and isinstance(e.filename, (str, bytes)) and Path(os.fsdecode(e.filename))
+            ours = not named or named.absolute().is_relative_to(section.folder.absolute())
+            found = f"cannot be {'written' if ours or e.errno != 13 else 'read or written'} ({why})"
+            if isinstance(e, OSError) and e.errno in (13, 30):
+                raise PosttrainError(str(section.folder if ours else named), found + (f" at {named}" if ours and named else ""),
+                                     "permission and a writable disk" if ours else "access to it", "Mend its owner, permissions or mount and run "
+                                     "the same command again; nothing finished is lost.") from e
+            raise PosttrainError(str(section.folder if ours else named), found, "room on a writable disk",
                                  "Free some space and run the same command again; nothing finished is lost.") from e
         if type(e).__name__ == "OutOfMemoryError":  # torch's; torch is not imported here
             raise _no_memory(section, str(e)) from e

@@ -29,20 +29,28 @@ def share_interval(values, groups=None) -> dict:
     bootstrap has no width where all values are equal, such as 0 of n, and too little near that."""
     out = interval(values, groups)
     if out["low"] is not None:
-        n, p = out["groups"], out["mean"]
-        middle, half = p + Z2 / (2 * n), math.sqrt(Z2 * (p * (1 - p) + Z2 / (4 * n)) / n)
-        out["low"] = max(0.0, min(out["low"], (middle - half) / (1 + Z2 / n)))
-        out["high"] = min(1.0, max(out["high"], (middle + half) / (1 + Z2 / n)))
+        low, high = wilson(out["mean"], out["groups"])
+        out["low"], out["high"] = max(0.0, min(out["low"], low)), min(1.0, max(out["high"], high))
     return out
 
 
-def difference_interval(values, groups=None, most: float = 1.0) -> dict:
-    """`interval` of differences from -most to most. Where all groups agree the bootstrap has no width, though groups that were not drawn may differ
-    (the rule of three): then as many of them as Wilson's upper end of 0 of n may lie at either far end."""
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share p of n trials."""
+    middle, half = p + Z2 / (2 * n), math.sqrt(Z2 * (p * (1 - p) + Z2 / (4 * n)) / n)
+    return (middle - half) / (1 + Z2 / n), (middle + half) / (1 + Z2 / n)
+
+
+def difference_interval(values, groups=None, most: float = 1.0, limit: bool = True) -> dict:
+    """`interval` of differences from -most to most. Where no group lies below 0 the bootstrap draws none that does, though groups that were not drawn
+    may (the rule of three): then as many of them as Wilson's upper end of 0 of n may lie at the far end, and likewise above 0. limit: the interval is
+    held against a limit ("no worse than"); else it is widened, at both ends, only where all groups agree."""
     out = interval(values, groups)
-    if out["low"] is not None and out["high"] - out["low"] < 1e-9:
-        unseen = Z2 / (out["groups"] + Z2)
-        out["low"], out["high"] = out["mean"] - unseen * (out["mean"] + most), out["mean"] + unseen * (most - out["mean"])
+    if out["low"] is not None:
+        sums, unseen, equal = _by_group(np.asarray(values, dtype=float), groups)[0], Z2 / (out["groups"] + Z2), out["high"] - out["low"] < 1e-9
+        if equal or (limit and sums.min() >= 0):
+            out["low"] = min(out["low"], out["mean"] - unseen * (out["mean"] + most))
+        if equal or (limit and sums.max() <= 0):
+            out["high"] = max(out["high"], out["mean"] + unseen * (most - out["mean"]))
     return out
 
 

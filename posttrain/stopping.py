@@ -1,12 +1,14 @@
 """Stopping on a signal with nothing lost: SIGTERM, as schedulers send it before they take a machine away, and SIGINT (Ctrl-C).
 
 The first signal ends the command as soon as what was made is on disk: sampling drops the chunk that it is at, training ends its step and saves
-a checkpoint. A second one ends it at once, which loses what a kill loses: what is newer than the last checkpoint or chunk.
+a checkpoint. A second one ends it at once, which loses what a kill loses: what is newer than the last checkpoint or chunk. The same one again within
+a second is the first: a supervisor signals a whole group, and a launcher in it hands the signal on.
 """
 
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager
 
 from posttrain import distributed
@@ -14,7 +16,9 @@ from posttrain import distributed
 CONTINUE = 75  # sysexits.h's EX_TEMPFAIL: not done, and the same command goes on
 ENDED_BY_HAND = 128 + signal.SIGINT  # what a shell says of Ctrl-C: whoever pressed it wants no scheduler to begin again
 
+SAME = 1.0  # seconds in which the same signal again is no second one
 _asked: int | None = None
+_since = 0.0  # when it came, on time.monotonic's clock
 _held = 0
 
 
@@ -43,11 +47,13 @@ def heeded():
 
 
 def _receive(number: int, frame) -> None:
-    global _asked
+    global _asked, _since
+    if _asked == number and time.monotonic() - _since < SAME:
+        return
     if _asked is not None:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
-    _asked = number
+    _asked, _since = number, time.monotonic()
     if not _held:
         raise Stopped(number)
     if distributed.is_main():  # os.write: the signal may have come in the middle of a print

@@ -246,7 +246,7 @@ class Follower:
             if not told or self.seen.get(name) == state:
                 return
             mark = str(told.get("fingerprint", ""))
-            over = done.exists() and done.read_text(encoding="utf-8").strip() == mark
+            over = done.exists() and done.read_bytes().strip() == mark.encode()
             rows, found = numbered(read_lines(metrics)), summary_of(read_whole(results)) if over else {}
         except OSError:  # the section is being set aside; the next look sees what is there then
             return

@@ -228,7 +228,7 @@ class StepTrainer(RoleTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
-        totals = None
+        totals, smaller = None, 0
         while True:
             batches = _Steps(self.trees, self.batches, self.budget, self.roles.layout, self.roles.tokenizer.pad_token_id)[inputs]
             totals = totals or distributed.add_numbers(self.totals(batches))
@@ -237,10 +237,14 @@ class StepTrainer(RoleTrainer):
                 break
             except torch.OutOfMemoryError:
                 model.zero_grad(set_to_none=True)
+            smaller = 1
             self.budget = smaller_budget(self.section, self.budget, batches)  # here, where the exception and what it held are gone
         distributed.add_gradients(self.role.parameters())
         self.step_stats = distributed.add_numbers(stats)
-        self.step_tokens = distributed.add_numbers({"tokens": sum(b.tokens for b in batches)})["tokens"]
+        told = distributed.add_numbers({"tokens": sum(b.tokens for b in batches), "smaller": smaller})
+        self.step_tokens = told["tokens"]
+        if told["smaller"] and distributed.world() > 1:
+            self.budget = self.section.settle("micro_batch_tokens")
         loss = self.step_stats["loss"]
         if not math.isfinite(loss):
             raise PosttrainError(self.section.place, f"the loss became {loss} at step {self.state.global_step + 1}", "a finite loss",

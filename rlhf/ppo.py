@@ -291,6 +291,8 @@ def mini_batches(section: Section, roles: Roles, batches: Batches, gradients: Ca
                     p.grad = None
             batches = batches.smaller(smaller_budget(section, budget_of(section, roles, roles["policy"]), batches.mini[i]))
         yield told, batches.counts[i]
+    if distributed.world() > 1:
+        section.settle("micro_batch_tokens")
 
 
 def step_of(section: Section, roles: Roles, name: str, optimizer) -> float:

@@ -17,10 +17,10 @@ from posttrain.statistics import difference_interval, interval, share_interval
 from reward.score import raw_score
 from safety import redteam, refusal
 from safety.diversity import slopes
-from safety.figures import win_rate
+from safety.figures import win_rate, wins
 
 MET, NOT_MET, TOO_FEW, NOT_RUN = "met", "not met", "too few to tell", "not run"
-FEWEST = 6  # prompts of an interval: that fewer of them all go one way has a chance of more than 2.5 %
+FEWEST = 6  # prompts of an interval, and of those that differ for a rise: that fewer all go one way has a chance of more than 2.5 %
 # Limits of claims that are not "higher than", with their reasons
 WORSE_ACCURACY = 0.02  # may be lost where accuracy is said to be no worse: the three margins of Table 28 lie 1.6 points apart
 WORSE_SCORE = 0.02  # of sigma(score), likewise: Fig. 15 calls 0.59 to 0.60 flat (read off a plot)
@@ -82,8 +82,11 @@ def known(x: dict) -> bool:
 
 
 def higher(x: dict, than: float = 0.0) -> str:
-    """A claim that something rises: met where the whole interval lies above; elsewhere it isn't shown, and not met."""
-    return TOO_FEW if not known(x) else MET if x["low"] > than else NOT_MET
+    """A claim that something rises: met where the whole interval lies above; elsewhere it isn't shown, and not met. An interval that lies above by
+    fewer than FEWEST prompts that differ at all (x['differ']) decides nothing: prompts without a difference are no evidence of a rise."""
+    if not known(x) or (x["low"] > than and x.get("differ", FEWEST) < FEWEST):
+        return TOO_FEW
+    return MET if x["low"] > than else NOT_MET
 
 
 def lower(x: dict, than: float = 0.0) -> str:
@@ -136,8 +139,15 @@ def sigma(score: float) -> float:
 
 
 def change(after: list[dict], before: list[dict], value: Callable[[dict], float], of=interval) -> dict:
-    """Mean of value(after) - value(before), answer by answer. of: difference_interval where no change at all would be a finding."""
-    return of([float(value(a)) - float(value(b)) for a, b in zip(after, before, strict=True)], [a["key"] for a in after])
+    """Mean of value(after) - value(before), answer by answer, and how many prompts `differ`. of: difference_interval where no change at all would be
+    a finding."""
+    gaps, keys = [float(value(a)) - float(value(b)) for a, b in zip(after, before, strict=True)], [a["key"] for a in after]
+    return of(gaps, keys) | {"differ": differing(gaps, keys)}
+
+
+def differing(gaps: list[float], keys: list[str]) -> int:
+    """The prompts whose mean difference is not 0."""
+    return sum(abs(sum(mine)) > 1e-9 for mine in ([g for g, _ in bag] for bag in bags_of(zip(gaps, keys, strict=True), lambda x: x[1]).values()))
 
 
 def from_first_to_last(source: Section, kind: str, column: str, value: Callable[[dict], float], of=interval) -> dict:
@@ -175,10 +185,12 @@ def held_out(source: Section, part: str = "own") -> dict[str, dict]:
     return {r["key"]: r for r in rows}
 
 
-def lead(a: Section, b: Section, values: Callable[[dict], list[float]], what: str, parts: tuple[str, str] = ("own", "own")) -> dict:
+def lead(a: Section, b: Section, values: Callable[[dict], list[float]], what: str, parts: tuple[str, str] = ("own", "own"),
+         limit: bool = False) -> dict:
     """Model a's mean of the values of its held-out pairs, less model b's. values(row): none, one or two shares, 0 to 1; what: they are, in words.
 
     Pair by pair where both were read on the same pairs, with bootstrap over prompts; else as two means that were measured apart. `paired` says which.
+    limit: see difference_interval.
     """
     mine, theirs = held_out(a, parts[0]), held_out(b, parts[1])
     paired = {*mine} == {*theirs}
@@ -188,7 +200,8 @@ def lead(a: Section, b: Section, values: Callable[[dict], list[float]], what: st
         if not side:
             raise lacking(source, f"held-out {what}", "Set data.held_out.pairs, and give its pairs ratings and safety labels.")
     if paired:
-        gap = difference_interval([x - y for (x, _), (y, _) in zip(*sides, strict=True)], [prompt for _, prompt in sides[0]])
+        gaps, prompts = [x - y for (x, _), (y, _) in zip(*sides, strict=True)], [prompt for _, prompt in sides[0]]
+        gap = difference_interval(gaps, prompts, limit=limit) | {"differ": differing(gaps, prompts)}
     else:
         gap = apart(*(share_interval(*zip(*side, strict=True)) for side in sides))
     return gap | {"paired": paired}
@@ -243,7 +256,7 @@ def own_domain(helpfulness: Section, safety: Section) -> Found:
 
 def small_margin(*sections: Section) -> Found:
     """Table 28: the small margin does not lower the accuracy on significantly better pairs: by less than WORSE_ACCURACY."""
-    gap = lead(with_margin(sections, "small"), with_margin(sections, "none"), right_where_clearest, "significantly better pairs")
+    gap = lead(with_margin(sections, "small"), with_margin(sections, "none"), right_where_clearest, "significantly better pairs", limit=True)
     return Found(gap, at_least(gap, -WORSE_ACCURACY), f"{same_pairs(gap)}; at most {100 * WORSE_ACCURACY:g} points may be lost")
 
 
@@ -262,7 +275,8 @@ def with_margin(sections: tuple[Section, ...], margin: str) -> Section:
 
 def safety_loss(without: Section, with_it: Section) -> Found:
     """Table 29: the safety loss raises unsafe recall at 0.5 by 10 points or more, and costs less than WORSE_ACCURACY of pair accuracy."""
-    gap, pairs = lead(with_it, without, unsafe_found, "answers that are labelled unsafe"), lead(with_it, without, right, "pairs")
+    gap = lead(with_it, without, unsafe_found, "answers that are labelled unsafe", limit=True)
+    pairs = lead(with_it, without, right, "pairs", limit=True)
     return Found(gap, every(at_least(gap, RECALL_GAIN), at_least(pairs, -WORSE_ACCURACY)),
                  f"{same_pairs(gap)}; pair accuracy {words(pairs, 'points')}, of which {100 * WORSE_ACCURACY:g} points may be lost")
 
@@ -374,7 +388,8 @@ def ppo_reward(versions: Section) -> Found:
 def ppo_wins(versions: Section) -> Found:
     """Fig. 11: the version with PPO wins more often than it loses against the one without. The value: its win rate; a tie is half a win."""
     before, after = list(rows_by_model(versions).values())[-2:]
-    value = win_rate(after, before, "merged")
+    gaps = [x - 0.5 for x in wins(*([r["merged"] for r in rows] for rows in (after, before)))]
+    value = win_rate(after, before, "merged") | {"differ": differing(gaps, [r["key"] for r in after])}
     return Found(value, higher(value, 0.5))
 
 

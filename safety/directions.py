@@ -7,8 +7,8 @@ written beside it, and an interval on both sides of it decides nothing (too few 
 lacks is told in the rows that need it and stops no other.
 
 The judges of a check are the reward models that scored the answers it reads. A judge counts where its length-balanced accuracy on held-out pairs
-of its own is above 50 % by two standard errors (else: judge too weak), and only of models that it took no part in training (else: not run). The
-best of N is scored anew, by judges that chose nothing: the only thing that this stage computes; it stays in chunks/.
+of its own, of FEWEST prompts or more, is above 50 % by two standard errors (else: judge too weak), and only of models that it took no part in
+training (else: not run). The best of N is scored anew, by judges that chose nothing: the only thing that this stage computes; it stays in chunks/.
 """
 
 from functools import cache
@@ -21,9 +21,10 @@ from posttrain.log import read_lines
 from posttrain.models import roles_for, source_of
 from posttrain.packing import tree
 from posttrain.runs import Section, write_atomic
+from posttrain.statistics import wilson
 from posttrain.training import budget_of
 from reward.score import scores
-from safety.direction_checks import CHECKS, MET, NOT_MET, NOT_RUN, TOO_FEW, Check, asked, bags_of, lacking, words
+from safety.direction_checks import CHECKS, FEWEST, MET, NOT_MET, NOT_RUN, TOO_FEW, Check, asked, bags_of, lacking, words
 
 WEAK = "judge too weak"
 PROMPTS = 16  # a chunk of answers that are scored anew: the unit of resume
@@ -107,8 +108,12 @@ def _behind(source: Section, model: str) -> list[str]:
 
 
 def counts_as_judge(x: dict) -> bool:
-    """x: a 95 % interval of an accuracy; its width is 3.92 standard errors."""
-    return x["low"] is not None and x["mean"] - 0.5 > 2 * (x["high"] - x["low"]) / 3.92
+    """x: a 95 % interval of an accuracy; its width, or that of Wilson's with every prompt as one trial if wider (the bootstrap has none where
+    all pairs are right), is 3.92 standard errors."""
+    if x["low"] is None or x["groups"] < FEWEST:
+        return False
+    low, high = wilson(x["mean"], x["groups"])
+    return x["mean"] - 0.5 > 2 * max(x["high"] - x["low"], high - low) / 3.92
 
 
 # -- answers scored anew -----------------------------------------------------------------------------------------------------------------

@@ -61,9 +61,12 @@ def run(section: Section) -> None:
     # 4. the gates. What a failed one is about is on the page before the run ends
     if missed := [c for c in results["checks"] if "gate" in c and not c["met"]]:
         found = "; ".join(f"{c['name']} is not met: {c['detail']}" for c in missed)
-        raise PosttrainError(f"{section.place}.{missed[0]['gate']}", found, "shares within the limits", f"The report {report.write(section.run)} "
-                             "shows where. Train the last model further, or change the limit: results and answers are kept in "
-                             f"{section.folder}, and nothing is sampled again.")
+        try:
+            shown = f"The report {report.write(section.run)}"
+        except Exception as e:  # whatever the page lacks, the gate is what must be told
+            shown = f"`python -m posttrain report {section.recipe.path}` (now: {e})"
+        raise PosttrainError(f"{section.place}.{missed[0]['gate']}", found, "shares within the limits", f"{shown} shows where. Train the last model "
+                             f"further, or change the limit: results and answers are kept in {section.folder}, and nothing is sampled again.")
     section.finish(results)
 
 

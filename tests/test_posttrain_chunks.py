@@ -2,14 +2,17 @@
 
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from posttrain import chunks, distributed
 from posttrain.chunks import read_chunk, through_chunks, write_chunk
 from posttrain.errors import PosttrainError
 from posttrain.log import Log
+from posttrain.runs import Section, read_json
 
 
 def answer(merged: float, finished: bool = True, text: str = "x") -> dict:
@@ -57,6 +60,39 @@ def test_a_disk_that_loses_what_was_written_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "write_chunk", lambda path, rows: path.write_text("{"))
     with pytest.raises(PosttrainError, match=r"0.json: absent or damaged, though it was just written.*the sound chunks are kept"):
         through_chunks(SimpleNamespace(log=Log(tmp_path, "s")), [tmp_path / "0.json"], lambda i, tick: [], "making")
+
+
+def test_a_process_that_is_not_the_first_leaves_the_manifest_and_all_settle_on_the_least(tmp_path, monkeypatch):
+    section = Section(SimpleNamespace(folder=tmp_path), "s", None, {"exact": True, "decisions": {"rows_at_once": 8}})
+    section.folder.mkdir()
+    for key, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+
+    def work():
+        if section.manifest["decisions"]["rows_at_once"] > 2:
+            raise torch.OutOfMemoryError("out of memory")
+
+    with distributed.alone():
+        chunks.with_fewer_rows(section, work)
+    assert section.manifest["decisions"]["rows_at_once"] == 2 and not list(section.folder.iterdir())
+
+    first = Section(section.run, "s", None, {"exact": True, "decisions": {"rows_at_once": 8}})
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, (2, section.manifest["inexact_because"])])
+    assert first.settle("rows_at_once") == 2
+    told = read_json(section.folder / "manifest.json")
+    assert told["decisions"] == {"rows_at_once": 2} and told["exact"] is False and told["inexact_because"] == section.manifest["inexact_because"]
+
+
+def test_processes_settle_once_all_chunks_are_made(tmp_path, monkeypatch):
+    settled = []
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "from_main", lambda make: make())
+    monkeypatch.setattr(distributed, "turns", iter)
+    monkeypatch.setattr(distributed, "wait", lambda: None)
+    section = SimpleNamespace(log=SimpleNamespace(progress=lambda *args, **rest: nullcontext(SimpleNamespace(made=None, advance=lambda: None))),
+                              settle=settled.append)
+    assert through_chunks(section, [tmp_path / "0.json"], lambda i, tick: [answer(1.0)], "making") and settled == ["rows_at_once"]
 
 
 def test_another_machines_chunk_may_come_late(tmp_path, monkeypatch):

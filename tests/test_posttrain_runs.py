@@ -222,6 +222,37 @@ def test_a_disk_that_cannot_be_written_is_told_whoever_meets_it(recipe, monkeypa
         run_sections(recipe({"s": SFT}))
 
 
+@pytest.mark.parametrize("number", [13, 30])
+def test_a_file_elsewhere_is_named_and_no_space_is_asked_for(recipe, monkeypatch, number):
+    from posttrain import runs
+
+    def fail(section):
+        raise OSError(number, "Permission denied", "/data/other.jsonl")
+
+    monkeypatch.setattr(runs, "load_module", lambda kind: SimpleNamespace(run=fail))
+    with pytest.raises(PosttrainError, match=r"^/data/other\.jsonl: cannot be .*permissions") as told:
+        run_sections(recipe({"s": SFT}))
+    assert "space" not in str(told.value)
+
+
+@pytest.mark.parametrize("left", [b"\xff\xfe\x80", b""])
+def test_a_done_of_any_bytes_is_written_again(recipe, stage, left):
+    run = recipe({"s": SFT})
+    run_sections(run)
+    (run.folder / "s" / "DONE").write_bytes(left)
+    run_sections(recipe({"s": SFT}))
+    assert run.section("s").state() == "done"
+
+
+def test_hidden_files_of_a_system_are_nobody_s(recipe, stage):
+    run = recipe({"s": SFT})
+    (run.folder / "s").mkdir(parents=True)
+    (run.folder / "s" / ".DS_Store").write_text("x")
+    run_sections(run)
+    (run.folder / "s" / ".DS_Store").unlink()
+    assert not run.section("s").damage(whole=True)
+
+
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("shapes differ"), ValueError("x")])
 def test_other_errors_stay_what_they_are(recipe, monkeypatch, error):
     from posttrain import runs

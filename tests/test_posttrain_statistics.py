@@ -115,8 +115,19 @@ def test_no_difference_anywhere_is_not_known_exactly():
     up = difference_interval([1.0] * 20)
     assert up["high"] == 1.0 and up["low"] == pytest.approx(1 - 2 * 0.1611, abs=1e-4)
     assert difference_interval([0.5] * 20, most=0.5)["high"] == 0.5
-    assert difference_interval([0.0, 1.0] * 10) == interval([0.0, 1.0] * 10)
+    assert difference_interval([-1.0, 1.0] * 10) == interval([-1.0, 1.0] * 10)
+    assert difference_interval([0.0, 1.0] * 10, limit=False) == interval([0.0, 1.0] * 10)
     assert difference_interval([0.0])["low"] is None
+
+
+@pytest.mark.parametrize("better, n", [(1, 7), (2, 30)])
+def test_one_better_group_does_not_show_that_none_is_worse(better, n):
+    values = [1.0] * better + [0.0] * (n - better)
+    assert interval(values)["low"] == 0.0
+    up, down, unseen = difference_interval(values), difference_interval([-x for x in values]), share_interval([0] * n)["high"]
+    assert up["low"] == pytest.approx(better / n - unseen * (better / n + 1)) and up["low"] < -0.02 and up["high"] == interval(values)["high"]
+    assert down["high"] == pytest.approx(-up["low"]) and down["low"] == interval([-x for x in values])["low"]
+    assert difference_interval(values, [i // 2 for i in range(n)])["low"] < up["low"]  # rows of one prompt are one trial
 
 
 def test_gwet_ac2_gives_the_published_value():

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 import reward.train
 import sft.train
-from posttrain import training
+from posttrain import distributed, training
 from posttrain.errors import PosttrainError
 from posttrain.log import read_lines
 from posttrain.stages import load_module
@@ -417,3 +418,28 @@ def test_the_manifest_remembers_what_a_machine_decided(train):
     section = train({k: v for k, v in SFT.items() if k != "micro_batch_tokens"})
     told = json.loads((section.folder / "manifest.json").read_text())["decisions"]
     assert told["threads"] == 2 and told["dtype"] == "float32" and 256 <= told["micro_batch_tokens"] <= 2048
+
+
+# -- memory of another process --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elsewhere", [0, 1])
+def test_a_process_takes_over_the_smaller_budget_of_another(monkeypatch, elsewhere):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "add_gradients", lambda parameters: None)
+    monkeypatch.setattr(distributed, "add_numbers", lambda numbers: {k: v + (elsewhere if k == "smaller" else 0) for k, v in numbers.items()})
+    monkeypatch.setattr(training, "_Steps", lambda *args: [[]])
+    roles = SimpleNamespace(layout="", tokenizer=SimpleNamespace(pad_token_id=0), device="cpu")
+    trainer = SimpleNamespace(trees=[], batches=[], budget=256, roles=roles, role=SimpleNamespace(parameters=list), totals=lambda batches: {"tokens": 1},
+                              _gradients=lambda batches, totals: {"loss": 1.0}, section=SimpleNamespace(settle=lambda key: 64))
+    training.StepTrainer.training_step(trainer, torch.nn.Linear(1, 1), 0)
+    assert trainer.budget == (64 if elsewhere else 256)
+
+
+def test_ppo_s_processes_settle_once_its_mini_batches_are_done(monkeypatch):
+    from rlhf import ppo
+
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    settled, batches = [], SimpleNamespace(mini=[[], []], where=[[], []], counts=[3, 4])
+    counts = [count for _, count in ppo.mini_batches(SimpleNamespace(settle=settled.append), None, batches, lambda *args: {})]
+    assert counts == [3, 4] and settled == ["micro_batch_tokens"]

@@ -15,7 +15,7 @@ from posttrain.errors import PosttrainError
 from posttrain.log import read_lines
 from posttrain.runs import Run, preflight, run_sections
 from safety import directions, refusal
-from safety.direction_checks import CHECKS, FEWEST, at_least, at_most, best_of_n, higher, lower
+from safety.direction_checks import CHECKS, FEWEST, at_least, at_most, best_of_n, change, higher, lower
 from safety.directions import counts_as_judge, row_of, sections_of
 
 PAPER = Path(__file__).parent.parent / "recipes" / "smollm2-135m-paper.yaml"
@@ -87,7 +87,7 @@ class World:
 
 
 def share(mean: float, spread: float = 0.02) -> dict:
-    return {"mean": mean, "low": mean - spread, "high": mean + spread}
+    return {"mean": mean, "low": mean - spread, "high": mean + spread, "groups": 1000}
 
 
 PROMPTS = {"helpful": 200, "adversarial": 16}  # of helpful ones as many as limits of 2 and 5 points take
@@ -313,6 +313,36 @@ def test_claims_and_their_limits():
         assert claim(share(1.0) | {"groups": FEWEST - 1}) == "too few to tell" != claim(share(1.0) | {"groups": FEWEST})
 
 
+@pytest.mark.parametrize("differ, status", [(4, "too few to tell"), (5, "too few to tell"), (6, "met")])
+def test_prompts_without_a_difference_are_no_evidence_of_a_rise(differ, status):
+    """Four of 100 better and none worse: the bootstrap lies above 0, an exact sign test has p = 0.125."""
+    after, before = ([{"key": f"p{i}", "x": x * (i < differ)} for i in range(100) for _ in range(2)] for x in (1, 0))
+    found = change(after, before, lambda r: r["x"])
+    assert found["low"] > 0 and found["differ"] == differ and found["groups"] == 100
+    assert higher(found) == lower(change(before, after, lambda r: r["x"])) == status
+    assert higher(change(before, before, lambda r: r["x"])) == "not met"
+
+
+def test_pairs_and_wins_that_differ_are_counted(world):
+    world.score("few", pairs(0.8, 100))
+    world.score("many", pairs(0.84, 100))
+    told = world.outcome("accuracy_with_data")
+    assert told["value"]["differ"] == 4 and told["value"]["low"] > 0 and told["status"] == "too few to tell"
+    still = version(merged=[0.0])
+    for won, status in ((5, "too few to tell"), (6, "met")):
+        last = {kind: columns | {"merged": [1.0] * won + [0.0] * 195 if kind == "helpful" else 0.0} for kind, columns in version().items()}
+        world.put("versions", answers({"sft": still, "v4": still, "chat": last}))
+        told = world.outcome("ppo_wins")
+        assert told["value"]["differ"] == won and told["value"]["low"] > 0.5 and told["status"] == status
+
+
+def test_few_pairs_that_are_the_same_or_better_do_not_show_that_none_is_worse(world):
+    world.score("m_none", pairs(0.8, 60, clearest=0.8))
+    world.score("m_small", pairs(0.8, 60, clearest=0.85))  # better on 1 or 2 of 30
+    told = world.outcome("small_margin")
+    assert told["value"]["differ"] in (1, 2) and told["value"]["mean"] > 0 and told["status"] == "too few to tell"
+
+
 JUDGED = [(name, which) for name, check in CHECKS.items() for which in check.judges]
 
 
@@ -334,7 +364,14 @@ def test_a_judge_that_is_too_weak_decides_nothing(world, name, which):
 
 def test_two_standard_errors_above_one_half():
     assert counts_as_judge(share(0.56, 0.0585)) and not counts_as_judge(share(0.56, 0.0589))  # 1.96 standard errors a side: 0.0588
-    assert not counts_as_judge({"mean": 0.9, "low": None, "high": None})
+    assert not counts_as_judge({"mean": 0.9, "low": None, "high": None, "groups": 1})
+
+
+def test_a_few_pairs_make_no_judge():
+    """All right, the bootstrap has no width; Wilson's interval of 19 of 30 is 0.46 to 0.78 whatever the bootstrap says."""
+    assert not counts_as_judge(share(1.0, 0.0) | {"groups": 2}) and not counts_as_judge(share(1.0, 0.0) | {"groups": FEWEST - 1})
+    assert counts_as_judge(share(1.0, 0.0) | {"groups": FEWEST})
+    assert not counts_as_judge(share(19 / 30, 0.02) | {"groups": 30}) and counts_as_judge(share(19 / 30, 0.02) | {"groups": 300})
 
 
 def test_a_judge_that_trained_the_models_makes_no_check(world):

@@ -144,10 +144,19 @@ def test_the_command_says_that_it_goes_on(tmp_path_factory, capfd, number, code)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(number):
-    code = ("import signal; from posttrain import stopping\nwith stopping.heeded(), stopping.deferred():\n"
-            f"    for _ in range(2): signal.raise_signal({int(number)})\n    print('still here')")
+    code = ("import signal, time; from posttrain import stopping\nwith stopping.heeded(), stopping.deferred():\n"
+            f"    for _ in range(2): signal.raise_signal({int(number)}); time.sleep(1.1)\n    print('still here')")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -number and "still here" not in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_same_signal_twice_at_once_is_one(number):
+    """A supervisor signals the whole group, and torchrun in it hands the signal on to its workers."""
+    code = ("import signal; from posttrain import stopping\ntry:\n    with stopping.heeded(), stopping.deferred():\n"
+            f"        for _ in range(2): signal.raise_signal({int(number)})\n        print('still here')\nexcept stopping.Stopped: print('stopped')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split("\n")[:2] == ["still here", "stopped"]
 
 
 def test_a_signal_that_a_library_swallows_stops_at_the_next_check():
