@@ -31,9 +31,9 @@ def test_the_halves_share_no_prompt_and_hold_a_few_pairs_of_each():
 
 def test_a_judge_counts_above_half_by_two_standard_errors():
     """An interval of 95 % is 3.92 standard errors wide: 54 % within 0.0392 has an error of 1 point, 4 above half."""
-    assert rounds.counts_as_judge({"mean": 0.54, "low": 0.5204, "high": 0.5596})
-    assert not rounds.counts_as_judge({"mean": 0.5199, "low": 0.5003, "high": 0.5395})
-    assert not rounds.counts_as_judge({"mean": 0.7, "low": None, "high": None})
+    assert rounds.counts_as_judge({"mean": 0.54, "low": 0.5204, "high": 0.5596, "groups": 5000})
+    assert not rounds.counts_as_judge({"mean": 0.5199, "low": 0.5003, "high": 0.5395, "groups": 5000})
+    assert not rounds.counts_as_judge({"mean": 0.7, "low": None, "high": None, "groups": 1})
 
 
 def answer(version: str, i: int, merged: float, judge: float) -> dict:
