@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,20 @@ def two_threads():
         import torch
 
         torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium ($CHROMIUM, or the distribution's). Of one module, since Playwright's event loop runs as long as it is open."""
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: run `make install`")
+    chromium = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
+                                                                                  "google-chrome-stable"))), None)
+    if chromium is None:
+        pytest.skip("no chromium on this machine: install the distribution's package `chromium`")
+    with sync.sync_playwright() as p:
+        made = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"], timeout=120_000)
+        yield made
+        made.close()
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,11 @@ Skipped where there is no Chromium (the distribution's package `chromium`) or no
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,20 +18,17 @@ from urllib.parse import urlsplit
 
 import pytest
 
-pytest.importorskip("playwright", reason="playwright is not installed: run `make install`")
 pytest.importorskip("starlette", reason="the extra [ui] is not installed: run `make install`")
 
 import psutil
 from annotate_support import filled, quick_folder, rows, stored, write
-from playwright.sync_api import sync_playwright
+from browser_support import FOCUS, until
 
 from posttrain.annotate import export
 from posttrain.annotate.store import Store
 from posttrain.config import DataEntry
 from posttrain.data import load_entry
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: install the distribution's package `chromium`")
 ROOT = Path(__file__).parent.parent
 NASTY = "<script>document.title = 'run'</script><img src='http://example.invalid/x.png' onerror=\"document.title = 'run'\">"
 PHONE = {"width": 360, "height": 740}
@@ -84,14 +79,6 @@ def serve(folder):
         s.kill()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as p:
-        made = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield made
-        made.close()
-
-
 @pytest.fixture
 def person(browser):
     """person(server, name) -> a page of a browser of their own, signed in. Every request must be to the server, and nothing may go wrong in
@@ -117,17 +104,6 @@ def person(browser):
     for context in opened:
         context.close()
     assert not faults, faults
-
-
-FOCUS = "document.activeElement.hasAttribute('autofocus')"  # comes a moment after the page: keys pressed before it are lost
-
-
-def until(page, expression: str, given=None, seconds: float = 60.0) -> None:
-    """Wait for an expression to hold. (Playwright's own wait compiles text in the page, which its policy forbids.)"""
-    end = time.monotonic() + seconds
-    while not page.evaluate(expression, given):
-        assert time.monotonic() < end, f"never: {expression} {given or ''}\n{page.inner_text('body')}"
-        time.sleep(0.02)
 
 
 def saved(page) -> None:

@@ -12,12 +12,15 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from html import unescape
 from io import StringIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from browser_support import FOCUS
+from browser_support import until as wait_until
 from chat_support import finished_run, self_signed
 
 from posttrain import chat, chat_command, versions
@@ -392,22 +395,10 @@ def test_certificates_that_cannot_be_used_are_told_before_a_model_is_loaded(tmp_
         assert e.value.expected and e.value.do
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: run `make install`")
-    pytest.importorskip("starlette", reason="the extra [ui] is not installed: run `make install`")
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no chromium on this machine: install the distribution's package `chromium`")
-    with sync.sync_playwright() as p:
-        made = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield made
-        made.close()
-
-
 @pytest.fixture
 def visit(browser):
     """visit(speaker, names, size) -> the page of these versions. Every request is to its own server, and nothing goes wrong in it."""
+    pytest.importorskip("starlette", reason="the extra [ui] is not installed: run `make install`")
     from posttrain import listen
     from posttrain.chat_web import build
 
@@ -426,7 +417,7 @@ def visit(browser):
         opened.on("console", lambda m: faults.append(f"the console says: {m.text}") if "Content Security Policy" in m.text else None)
         ends.append((context, server, thread, listener))
         opened.goto(listen.address(listener))
-        until(opened, "document.activeElement.hasAttribute('autofocus')")  # comes a moment after the page: keys pressed before it are lost
+        until(opened, FOCUS)
         return opened
 
     yield enter
@@ -438,13 +429,7 @@ def visit(browser):
     assert not faults, faults
 
 
-def until(page, expression: str) -> None:
-    end = time.monotonic() + 20
-    while not page.evaluate(expression):
-        assert time.monotonic() < end, f"never: {expression}\n{page.inner_text('body')}"
-        time.sleep(0.02)
-
-
+until = partial(wait_until, seconds=20)
 IDLE = "document.getElementById('log').getAttribute('aria-busy') === 'false'"
 
 

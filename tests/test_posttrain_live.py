@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
+from browser_support import FOCUS, until
 from pydantic import ConfigDict
 
 from posttrain import config as cfg
@@ -172,19 +172,6 @@ def test_a_recipe_in_the_middle_of_an_edit_keeps_the_page(folder, monkeypatch):
 # -- in a browser ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    chromium = next((shutil.which(name) for name in names if shutil.which(name)), None)
-    if chromium is None:
-        pytest.skip("no Chromium on this machine: install the distribution's package `chromium`")
-    with sync.sync_playwright() as p:
-        made = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield made
-        made.close()
-
-
 @pytest.fixture
 def visit(browser, folder, monkeypatch):
     """visit(size) -> the live page. Every request is to its own server, and nothing goes wrong in it."""
@@ -220,13 +207,6 @@ def visit(browser, folder, monkeypatch):
         thread.join(10)
         listener.close()
     assert not faults, faults
-
-
-def until(page, expression: str, argument=None) -> None:
-    end = time.monotonic() + 60
-    while not page.evaluate(expression, argument):
-        assert time.monotonic() < end, f"never: {expression}\n{page.inner_text('body')[:3000]}"
-        time.sleep(0.05)
 
 
 def settled(page) -> None:
@@ -350,7 +330,7 @@ def test_a_password_and_a_foreign_host(visit, folder):
     from starlette.testclient import TestClient
 
     page = visit(password="correct horse")
-    until(page, "document.activeElement.hasAttribute('autofocus')")
+    until(page, FOCUS)
     page.keyboard.type("correct horse")
     page.keyboard.press("Enter")
     page.wait_for_selector("#live")

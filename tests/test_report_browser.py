@@ -4,21 +4,13 @@ contrast. Nothing is loaded, and no script of an answer runs.
 Skipped where there is no Chromium (the distribution's package `chromium`) or no Playwright.
 """
 
-import os
 import random
-import shutil
 
 import pytest
-
-pytest.importorskip("playwright", reason="playwright is not installed: run `make install`")
-
-from playwright.sync_api import sync_playwright
 from test_posttrain_report import ci, make_run, put, reward_results, sft_metrics
 
 from posttrain import report, report_compare
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: install the distribution's package `chromium`")
 NASTY = ("<script>document.title = 'run'</script><img src='http://example.invalid/x.png' onerror=\"document.title = 'run'\">"
          "<a href=\"javascript:document.title='run'\">x</a></p></article></section>")
 KINDS = ("helpful", "adversarial", "borderline")
@@ -55,14 +47,6 @@ def pages(tmp_path_factory) -> dict:
         runs.append(run)
     put(runs[1], "rm", reward_results("helpfulness", 0.66), kind="reward")  # a table of many columns
     return {"report": report.write(runs[0]), "comparison": report_compare.write(runs)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as p:
-        made = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"], timeout=120_000)
-        yield made
-        made.close()
 
 
 @pytest.fixture
