@@ -327,7 +327,5 @@ def _on_a_page(found: list[Version], settings: Settings, system: str, host: str,
     listener = listen.listen(host, port)
     app = build(_loaded(found), names(found), settings, system, password, f"chat_{listener.getsockname()[1]}")
     say(f"Chat: {listen.address(listener, bool(tls))} ({' | '.join(names(found))}). Ctrl-C stops it.")
-    if password and not tls:
-        say("note: without --tls-certificate the password crosses the network as it is: put a proxy with https before the page, or reach it "
-            "through ssh -L")
+    listen.note_unless(tls, password and "the password crosses", "the page")
     listen.run(listen.server(app, **tls), listener)

@@ -3,7 +3,6 @@ writes it as text, and the headers of annotate/site.py would not let it run even
 
 import asyncio
 import json
-import secrets
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -14,17 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from posttrain import annotate
-from posttrain.annotate.site import Gate, Guard, TooLong, form_of, templates_in, too_long, turned_away
+from posttrain.annotate.site import SHARED, Door, Guard, TooLong, form_of, templates_in, too_long, version_of
 from posttrain.chat_command import Settings
 from posttrain.errors import PosttrainError
 
 HERE = Path(__file__).parent / "chat_page"
-SHARED = Path(annotate.__path__[0]) / "static"
 
 
 class Said(BaseModel):
@@ -47,34 +44,24 @@ class Order(BaseModel):
 class Page:
     def __init__(self, speaker, names: list[str], settings: Settings, system: str, password: str | None, cookie: str):
         self.speaker, self.names, self.settings, self.system = speaker, names, settings, system
-        self.gate = Gate(secrets.token_hex(16), password, cookie)
         self.one = ThreadPoolExecutor(1)  # the versions share layers and caches: one answer at a time, the others wait
         self.drawn = 0
-        self.templates = templates_in(HERE)
-        self.version = str(int(max(p.stat().st_mtime for p in [*HERE.iterdir(), *SHARED.iterdir()])))
+        self.page = templates_in(HERE).get_template("chat.html.j2")
+        self.version = version_of(HERE, SHARED)
+        self.door = Door(password, cookie, "Chat", "Chat", self.version)
         self.app = Starlette(
-            routes=[Route("/", self.home), Route("/sign-in", self.sign_in, methods=["POST"]), Route("/answer", self.answer, methods=["POST"]),
+            routes=[Route("/", self.home), Route("/sign-in", self.door.sign_in, methods=["POST"]), Route("/answer", self.answer, methods=["POST"]),
                     Mount("/static", StaticFiles(directory=HERE)), Mount("/shared", StaticFiles(directory=SHARED))],
             middleware=[Middleware(Guard, local_only=password is None)], exception_handlers={TooLong: too_long})
 
-    def known(self, request: Request) -> bool:
-        return self.gate.password is None or self.gate.who(request) is not None
-
     async def home(self, request: Request) -> Response:
-        return self.render("chat" if self.known(request) else "sign_in")
-
-    async def sign_in(self, request: Request) -> Response:
-        right = await self.gate.check((await form_of(request)).get("password", ""))
-        if not right:
-            words, status = turned_away(right)
-            return self.render("sign_in", status, message=words)
-        response = RedirectResponse("/", 303)
-        self.gate.admit(response, "guest", request.url.scheme == "https")
-        return response
+        if not self.door.known(request):
+            return self.door.shown()
+        return HTMLResponse(self.page.render(version=self.version, names=self.names, settings=self.settings, system=self.system))
 
     async def answer(self, request: Request) -> Response:
         """Lines of JSON: {"text"} as it comes, at the end {"whole", "why"} or {"error"}."""
-        if not self.known(request):
+        if not self.door.known(request):
             return JSONResponse({"error": "Sign in again: load this page anew."}, 403)
         try:
             order = Order.model_validate_json((await form_of(request)).get("order", ""))
@@ -120,9 +107,6 @@ class Page:
         except Exception as e:  # out of memory, most likely; the page says so and goes on
             return {"error": f"{type(e).__name__}: {e}"[:500]}
 
-    def render(self, name: str, status: int = 200, message: str = "") -> HTMLResponse:
-        return HTMLResponse(self.templates.get_template(f"{name}.html.j2").render(
-            version=self.version, names=self.names, settings=self.settings, system=self.system, message=message), status)
 
 
 def build(speaker, names: list[str], settings: Settings, system: str, password: str | None, cookie: str = "chat") -> Starlette:

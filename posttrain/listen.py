@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from posttrain.errors import PosttrainError
+from posttrain.log import say
 
 BACKLOG = 256
 MINE = "an address of this machine, such as 127.0.0.1 or 0.0.0.0"
@@ -83,6 +84,12 @@ def tls(certificate: Path | None, key: Path | None) -> dict[str, Path]:
         raise PosttrainError(f"--tls-certificate {certificate}, --tls-key {key}", why, "a certificate and the key that it was made with",
                              "Name the two files that were made together.") from None
     return {"ssl_certfile": certificate, "ssl_keyfile": key}
+
+
+def note_unless(tls: dict, what: str | None, before: str, as_it: str = "it is") -> None:
+    """Say that something goes unencrypted over the network. what: 'the password crosses'; nothing is said where it is empty."""
+    if what and not tls:
+        say(f"note: without --tls-certificate {what} the network as {as_it}: put a proxy with https before {before}, or reach it through ssh -L")
 
 
 def server(app, lifespan: str = "off", patience: int = 3, **files):

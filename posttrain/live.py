@@ -18,21 +18,20 @@ from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from posttrain import annotate, listen, report
 from posttrain import config as cfg
-from posttrain.annotate.site import Gate, Guard, TooLong, form_of, read_password, templates_in, too_long, turned_away
+from posttrain import listen, report
+from posttrain.annotate.site import SHARED, Door, Guard, TooLong, read_password, templates_in, too_long, version_of
 from posttrain.errors import PosttrainError
 from posttrain.log import PROGRESS, duration, rate_words, read_whole, say
 from posttrain.report_views import View, look, number, plural, word
 from posttrain.runs import Run
 
 HERE = Path(__file__).parent / "live_page"
-SHARED = Path(annotate.__path__[0]) / "static"
 EVERY = 2.0  # seconds between two questions of the page
 LEAST, SHARE = 3.0, 10  # a page is made again after so many seconds, and after so many times what making it took: the run needs the processor
 FRESH = 60.0  # seconds since its last word in which a run counts as at work where its lock cannot be seen
@@ -174,38 +173,23 @@ def alive(page: str, templates: Environment, **values) -> tuple[str, str]:
 
 class Page:
     def __init__(self, watch: Watch, password: str | None, cookie: str):
-        self.watch, self.gate, self.templates = watch, Gate(secrets.token_hex(16), password, cookie), templates_in(HERE)
-        self.version = str(int(max(p.stat().st_mtime for p in [*HERE.iterdir(), *SHARED.iterdir()])))
+        self.watch, self.templates, self.version = watch, templates_in(HERE), version_of(HERE, SHARED)
+        self.door = Door(password, cookie, "Report", "Report of a run", self.version)
         self.app = Starlette(
-            routes=[Route("/", self.home), Route("/now", self.now), Route("/sign-in", self.sign_in, methods=["POST"]),
+            routes=[Route("/", self.home), Route("/now", self.now), Route("/sign-in", self.door.sign_in, methods=["POST"]),
                     Mount("/static", StaticFiles(directory=HERE)), Mount("/shared", StaticFiles(directory=SHARED))],
             middleware=[Middleware(Policed), Middleware(Guard, local_only=password is None)], exception_handlers={TooLong: too_long})
 
-    def known(self, request: Request) -> bool:
-        return self.gate.password is None or self.gate.who(request) is not None
-
-    def door(self, status: int = 200, message: str = "") -> HTMLResponse:
-        return HTMLResponse(self.templates.get_template("sign_in.html.j2").render(version=self.version, message=message), status)
-
     async def home(self, request: Request) -> Response:
-        if not self.known(request):
-            return self.door()
+        if not self.door.known(request):
+            return self.door.shown()
         page, request.scope["policy"] = alive(await self.watch.latest(), self.templates, version=self.version, number=self.watch.number, every=EVERY)
         return HTMLResponse(page)
 
     async def now(self, request: Request) -> Response:
-        if not self.known(request):
+        if not self.door.known(request):
             return JSONResponse({}, 403)
         return JSONResponse(await asyncio.to_thread(self.watch.now))
-
-    async def sign_in(self, request: Request) -> Response:
-        right = await self.gate.check((await form_of(request)).get("password", ""))
-        if not right:
-            words, status = turned_away(right)
-            return self.door(status, words)
-        response = RedirectResponse("/", 303)
-        self.gate.admit(response, "guest", request.url.scheme == "https")
-        return response
 
 
 def build(load: Callable[[], Run], beside: list[Run] = (), password: str | None = None, cookie: str = "report") -> Starlette:
@@ -220,7 +204,5 @@ def serve(load: Callable[[], Run], beside: list[Run], host: str, port: int, pass
     listener = listen.listen(host, port)
     app = build(load, beside, password, f"report_{listener.getsockname()[1]}")
     say(f"Report of {run.recipe.run.name}, live: {listen.address(listener, bool(tls))} (from {run.folder}). Ctrl-C stops it.")
-    if password and not tls:
-        say("note: without --tls-certificate the password crosses the network as it is: put a proxy with https before the page, or reach it "
-            "through ssh -L")
+    listen.note_unless(tls, password and "the password crosses", "the page")
     listen.run(listen.server(app, **tls), listener)

@@ -73,9 +73,7 @@ def serve(model: Annotated[str, typer.Argument(metavar="RUN", help="a recipe, a 
         server = listen.server(Proxy(behind.url, behind.model, name, key).app, "on", **tls)
         behind.at_end = lambda: setattr(server, "should_exit", True)
         say(f"{name} answers at {listen.address(listener, bool(tls))}/v1 ({engine}, {dtype}{', with the API key' if key else ''}). Ctrl-C stops it.")
-        if key and not tls and not listen.is_loopback(host):
-            say("note: without --tls-certificate key and text cross the network as they are: put a proxy with https before this address, or reach "
-                "it through ssh -L")
+        listen.note_unless(tls, key and not listen.is_loopback(host) and "key and text cross", "this address", "they are")
         listen.run(server, listener)
         behind.check()
     except KeyboardInterrupt:

@@ -133,9 +133,7 @@ def _listen(store, chosen: list, host: str, port: int, password: str | None, lea
     app_ = build(store, password, bool(chosen), answerer.wake if answerer else lambda: None, lease, f"annotate_{port}")
     say(f"Annotation page: {listen.address(listener, bool(tls))} ({store.place}" +
         (f"; answers by {chosen[0].name} and {chosen[1].name}" if chosen else "") + "). Ctrl-C stops it; nothing is lost.")
-    if password and not tls:
-        say("note: without --tls-certificate the password crosses the network as it is: put a proxy with https before the page, or reach it "
-            "through ssh -L")
+    listen.note_unless(tls, password and "the password crosses", "the page")
     server = listen.server(app_, patience=5, **tls)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what follows runs then too
     try:

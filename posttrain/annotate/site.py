@@ -10,6 +10,7 @@ import binascii
 import hashlib
 import hmac
 import os
+import secrets
 import time
 import unicodedata
 from pathlib import Path
@@ -18,12 +19,13 @@ from urllib.parse import parse_qsl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from posttrain.errors import PosttrainError
 from posttrain.listen import is_loopback
 
+TEMPLATES, SHARED = (Path(__file__).parent / name for name in ("templates", "static"))  # SHARED: what other pages of ours load too
 PASSWORD = "POSTTRAIN_PASSWORD"
 SHORTEST = 10  # characters of a password
 LONGEST_BODY = 1 << 20
@@ -69,6 +71,11 @@ def name_of(text: str) -> str | None:
 def templates_in(folder: Path) -> Environment:
     """Pages whose values are escaped, and may not be missing."""
     return Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def version_of(*folders: Path) -> str:
+    """Changes with the files that a page loads, so that no browser keeps older ones."""
+    return str(int(max(p.stat().st_mtime for folder in folders for p in folder.iterdir())))
 
 
 def turned_away(right: bool | None) -> tuple[str, int]:
@@ -124,6 +131,29 @@ class Gate:
 
     def _sign(self, body: str) -> str:
         return hmac.new(self._key, body.encode(), hashlib.sha256).hexdigest()
+
+
+class Door:
+    """The sign-in of a page that asks for a password and no name, at /sign-in. name, heading: the page's, in the title and above the field."""
+
+    def __init__(self, password: str | None, cookie: str, name: str, heading: str, version: str):
+        self.gate, self.page = Gate(secrets.token_hex(16), password, cookie), templates_in(TEMPLATES).get_template("door.html.j2")
+        self.values = {"name": name, "heading": heading, "version": version}
+
+    def known(self, request: Request) -> bool:
+        return self.gate.password is None or self.gate.who(request) is not None
+
+    def shown(self, status: int = 200, message: str = "") -> HTMLResponse:
+        return HTMLResponse(self.page.render(**self.values, message=message), status)
+
+    async def sign_in(self, request: Request) -> Response:
+        right = await self.gate.check((await form_of(request)).get("password", ""))
+        if not right:
+            words, status = turned_away(right)
+            return self.shown(status, words)
+        response = RedirectResponse("/", 303)
+        self.gate.admit(response, "guest", request.url.scheme == "https")
+        return response
 
 
 class Guard:

@@ -8,7 +8,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
@@ -22,11 +21,10 @@ from starlette.staticfiles import StaticFiles
 
 from posttrain.annotate import figures
 from posttrain.annotate.kinds import KINDS, SAFETY, Option, Question, in_words, reasons_for
-from posttrain.annotate.site import Gate, Guard, TooLong, form_of, name_of, templates_in, too_long, turned_away
+from posttrain.annotate.site import SHARED, TEMPLATES, Gate, Guard, TooLong, form_of, name_of, templates_in, too_long, turned_away, version_of
 from posttrain.annotate.store import Store, annotators, now
 from posttrain.annotate.work import Desk, Refused, State, whole
 
-HERE = Path(__file__).parent
 FRESH = 3.0  # seconds
 SAVED = {"finish": "saved, the task is finished.", "skip": "saved, the task was skipped.", "undo": "the last step was taken back."}
 
@@ -36,14 +34,14 @@ class Page:
 
     def __init__(self, store: Store, desk: Desk, password: str | None, cookie: str = "annotate"):
         self.store, self.desk, self.gate = store, desk, Gate(store.facts["secret"], password, cookie)
-        self.templates = templates_in(HERE / "templates")
+        self.templates = templates_in(TEMPLATES)
         self._counting, self._counted = threading.Lock(), (0.0, [])
-        self.version = str(int(max(p.stat().st_mtime for p in (HERE / "static").iterdir())))
+        self.version = version_of(SHARED)
         self.app = Starlette(
             routes=[Route("/", self.home), Route("/sign-in", self.sign_in, methods=["GET", "POST"]),
                     Route("/sign-out", self.sign_out, methods=["POST"]),
                     Route("/q/{queue:int}", self.work, methods=["GET", "POST"]), Route("/progress", self.progress),
-                    Mount("/static", StaticFiles(directory=HERE / "static"))],
+                    Mount("/static", StaticFiles(directory=SHARED))],
             middleware=[Middleware(Guard, local_only=password is None)],
             exception_handlers={404: self.missing, TooLong: too_long})
 
