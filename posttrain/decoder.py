@@ -12,8 +12,9 @@ import platform
 import torch
 from torch import Tensor, nn
 
+from posttrain.adapted import TOGETHER
+
 ROWS = 64  # of the products that a packed weight is laid out for; at 1 to 256 rows it makes no difference
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Product(nn.Module):

@@ -15,12 +15,11 @@ from pathlib import Path
 from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from posttrain import attention, builtin, chat, decoder, distributed
+from posttrain import adapted, attention, builtin, chat, decoder, distributed
 from posttrain.config import LoraSettings, ModelConfig
 from posttrain.doctor import bf16_flags
 from posttrain.errors import PosttrainError
@@ -123,6 +122,7 @@ def load_network(name: str, config: ModelConfig, dtype: torch.dtype, place: str,
     for module in net.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False  # else the first eval forward repacks the weights and training loses gradients
+    adapted.write_out_norms(net)
     net.config.use_cache = False
     net.requires_grad_(False)
     net.eval()
@@ -160,42 +160,6 @@ def meta_model(config: ModelConfig, place: str) -> nn.Module:
     model_config = _from_hub(lambda: AutoConfig.from_pretrained(source, trust_remote_code=False), config, place)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config)
-
-
-class _Adapted(torch.autograd.Function):
-    """x W^T + scaling * (x A^T) B^T of a frozen W, the second term added where the first stands: x (..., d); W (n, d), A (r, d),
-    B (n, r). Its backward does the same for x. Two passes over activations less than autograd's own way, each way."""
-
-    @staticmethod
-    def forward(ctx, x, weight, a, b, scaling):
-        flat, a, b = x.flatten(0, -2), a.to(x.dtype), b.to(x.dtype)
-        low = flat @ a.t()
-        out = (flat @ weight.t()).addmm_(low, b.t(), alpha=scaling)
-        ctx.save_for_backward(flat, low, weight, a, b)
-        ctx.scaling = scaling
-        return out.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        flat, low, weight, a, b = ctx.saved_tensors
-        shape, grad = grad.shape, grad.flatten(0, -2)
-        d_low = (grad @ b).mul_(ctx.scaling)
-        d_x = (grad @ weight).addmm_(d_low, a).view(*shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        d_a, d_b = ((d_low.t() @ flat).float(), (grad.t() @ low).float().mul_(ctx.scaling)) if ctx.needs_input_grad[2] else (None, None)
-        return d_x, None, d_a, d_b, None
-
-
-def _adapted_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-    """base(x) + scaling * B(A(x)) for the role named by the pointer. Adapters are float32 and compute in x's dtype."""
-    layer, role = self.base_layer, self.role_pointer[0]
-    if role is None or role not in self.lora_A:
-        return layer(x, *args, **kwargs)
-    a, b, drop, scaling = self.lora_A[role].weight, self.lora_B[role].weight, self.lora_dropout[role], self.scaling[role]
-    if type(layer) is nn.Linear and layer.bias is None and not (drop.training and getattr(drop, "p", 0)):
-        return _Adapted.apply(x, layer.weight, a, b, scaling)
-    low = F.linear(drop(x), a.to(x.dtype)) * scaling
-    result = layer(x, *args, **kwargs)
-    return result + F.linear(low, b.to(x.dtype)).to(result.dtype)
 
 
 def _embedded(self, ids: Tensor) -> Tensor:
@@ -368,15 +332,12 @@ class Roles:
 
     def _inject(self, name: str, lora: LoraSettings) -> None:
         from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
 
         frozen = {n: p.requires_grad for n, p in self.base.named_parameters()}
         inject_adapter_in_model(LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
                                            target_modules=self._targets(lora)), self.base, name)
-        for module in self.base.modules():
-            if isinstance(module, LoraLayer):
-                module.role_pointer = self.pointer
-                module.forward = MethodType(_adapted_forward, module)
+        adapted.read_roles(self.base, self.pointer)
+        self.base.eval()  # new adapters come in training mode, with their dropout on
         for n, p in self.base.named_parameters():
             if f".{name}." in n and "lora_" in n:
                 p.data = p.data.float()
