@@ -455,6 +455,7 @@ def main(words: list[str]) -> int:
         torch.set_num_threads(args.threads)
         base = base_model(args.model, Path(tmp))
         if args.profile:
+            args.steps = max(args.steps, 2)
             profile(args, base, Path(tmp) / "profile")
             return 0
         names = ["ours", "trl default", "trl best", *(f"ours without {t}" for t in args.without)]

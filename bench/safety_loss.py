@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--folds", type=int, default=5)
     p.add_argument("--pairs", type=int, default=None, help="safety pairs to use; default: all")
     p.add_argument("--epochs", type=float, default=None, help="default: the demo's")
+    p.add_argument("--weight", type=float, default=None, help="of the safety loss in the models with it; default: the demo's")
     p.add_argument("--max-length", type=int, default=None, help="default: the demo's")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--threads", type=int, default=None)
@@ -95,6 +96,7 @@ def plan(args) -> tuple[dict, list[Unit]]:
              "micro_batch_tokens": 2048, "save_steps": 20}
     own, other = ([p for name in names for entry in demo.data_sets[name] for p in load_entry(entry, RECIPE.parent, demo.run.seed, name).items]
                   for names in (config.own, config.other))
+    weight = config.safety_loss_weight if args.weight is None else args.weight
     labelled = load_items(real_data(args.data) / "safety_labelled_pairs.jsonl.gz", "preference")
     trees, counts = {}, {}
     for name, pairs in (("own", own[:args.pairs]), ("other", other), ("labelled", labelled)):
@@ -107,7 +109,7 @@ def plan(args) -> tuple[dict, list[Unit]]:
     fold = folds_of(own, args.folds)
     rows = [{**_row(p), "set": "own", "fold": f} for p, f in zip(own, fold, strict=True)] + [{**_row(p), "set": "labelled"} for p in labelled]
     shared = {"model": model.name_or_path, "start": folder_digest(args.sft)[:16] if args.sft else "base", "dtype": model.dtype, "lora": model.lora.model_dump(),
-              "stage": stage, "weight": config.safety_loss_weight, "seed": args.seed, "folds": args.folds,
+              "stage": stage, "weight": weight, "seed": args.seed, "folds": args.folds,
               "data": digest([[t.ids for t in ts] + [as_labels(p) for p in ps] for ps, ts in trees.values()])[:16]}
     told = {"experiment": digest(shared)[:16], **shared, "too_long": counts, "rows": rows}
     units = []
@@ -121,7 +123,7 @@ def plan(args) -> tuple[dict, list[Unit]]:
         for arm in ARMS:
             name = f"fold{f}-{arm}"
 
-            def work(name=name, train=train, rest=rest, scored=scored, weight=config.safety_loss_weight if arm == "with" else 0.0):
+            def work(name=name, train=train, rest=rest, scored=scored, weight=weight if arm == "with" else 0.0):
                 mine = {**stage, "model": str(args.sft.absolute()) if args.sft else "base", "own": "safety", "other": "helpful", "safety_loss_weight": weight}
                 done = train_with_stage(args.work / name, model, {"safety": train, "helpful": rest}, mine, args.seed, args.threads)
                 return {"losses": done["losses"], "scores": score_adapter(done["model"], model, scored, args.threads)}
