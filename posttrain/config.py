@@ -33,6 +33,7 @@ DataNames = Annotated[list[str], BeforeValidator(_as_list), Field(json_schema_ex
 """One or more names of the `data` section, or `@section` references whose output is a data set."""
 ModelRef = Annotated[str, Field(json_schema_extra={"refers_to": "model"})]
 """`base` (the recipe's model), an `@section` reference, a local folder or a hub name."""
+SectionRef = Annotated[str, Field(pattern=r"^@.")]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$")]  # names a file of answers
 
 
@@ -533,11 +534,11 @@ def _check_names(recipe: Recipe, place: str, sweeps: dict[str, list[str]]) -> No
                 raise PosttrainError(f"{place}: stages.{name}", f"'@{ref}' names no section", "a section of this recipe",
                                      _suggest(ref, [s for s in recipe.stages if s != name]))
         for field, info in type(config).model_fields.items():
-            kind = (info.json_schema_extra or {}).get("reads")
-            for ref in references(getattr(config, field)) if kind else ():
-                if recipe.stages[ref].stage != kind:
-                    raise PosttrainError(f"{place}: stages.{name}.{field}", f"'@{ref}' is of kind {recipe.stages[ref].stage}", f"of kind {kind}",
-                                         f"Name a section of kind {kind}.")
+            kinds = _as_list((info.json_schema_extra or {}).get("reads", []))
+            for ref in references(getattr(config, field)) if kinds else ():
+                if recipe.stages[ref].stage not in kinds:
+                    raise PosttrainError(f"{place}: stages.{name}.{field}", f"'@{ref}' is of kind {recipe.stages[ref].stage}",
+                                         f"of kind {' or '.join(kinds)}", f"Name a section of kind {' or '.join(kinds)}.")
         for field, names in fields_referring_to(config, "data").items():
             for data_name in names:
                 if not data_name.startswith("@") and data_name not in recipe.data_sets:

@@ -20,7 +20,6 @@ from posttrain.log import say
 from posttrain.merge import merged, whole
 from posttrain.models import Roles, device, roles_for, source_of
 from posttrain.runs import Section, write_json
-from posttrain.stages import STAGES
 
 MARK = "posttrain.json"  # says that a folder is ours, and from which section
 SHARD = "5GB"
@@ -42,7 +41,6 @@ PROBES = [("Why is the sky blue?", "Sunlight is scattered by the air, and blue l
 def run(section: Section) -> None:
     """Merge, write, read back, compare, put in place."""
     config, model = section.config, section.recipe.model
-    check(section)
     target = Path(config.folder).expanduser() if config.folder else section.folder / "model"
     _refuse_foreign(section, target)
     source, dtype = source_of(section, config.model), getattr(torch, config.dtype)
@@ -85,20 +83,6 @@ def run(section: Section) -> None:
     files = sorted(p.name for p in target.iterdir())
     tell(section, target, kl, is_adapter)
     section.finish({"folder": relative(target), "dtype": config.dtype, "merged_kl": kl, "files": files})
-
-
-def check(section: Section) -> None:
-    """What can be wrong without looking at a model."""
-    model, evaluation = section.config.model, section.config.evaluation
-    if section.config.gguf:
-        gguf.check_package(section.place)
-    kind = section.parent(model).kind if model.startswith("@") else None
-    if kind and (STAGES[kind].makes != "model" or kind == "reward"):
-        raise PosttrainError(f"{section.place}.model", f"'{model}' is a {kind} section", "a section that makes a chat model",
-                             "Name an sft, ppo or other policy section.")
-    if evaluation and (not evaluation.startswith("@") or section.parent(evaluation).kind != "evaluate"):
-        raise PosttrainError(f"{section.place}.evaluation", f"'{evaluation}' is no evaluate section", 'an evaluate section, as "@eval"',
-                             "Name one, or leave the key out.")
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------------------

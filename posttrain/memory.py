@@ -1,8 +1,8 @@
 """Bytes that a step holds at its peak beside the weights, counted by hand from a model's shape. No torch.
 
 What autograd keeps of one layer for one token, by the operations that keep it (transformers' Llama layer; tests compare with allocations):
-two norms, their inputs in float32; the inputs of the matrices; queries, keys, values (repeated for grouped heads) and the output of
-attention; gate, its activation, up and their product; the low-rank products of adapters. Trained norms keep what they scale, too.
+what two norms scale and by how much (posttrain/adapted.py); the inputs of the matrices; queries, keys, values (repeated for grouped heads) and the output of
+attention; gate, its activation, up and their product; the low-rank products of adapters.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Way:
 def layer(s: Shape, way: Way) -> int:
     """Bytes that one layer keeps of one token for its backward pass, without the mask."""
     both = s.q_width + s.kv_width
-    norms = (2 * s.hidden + (both if s.qk_norm else 0)) * (8 if way.full else 4)
+    norms = (2 * s.hidden + (both if s.qk_norm else 0)) * (4 if way.mixed else way.width)
     inputs = (5 if way.mixed else 2) * s.hidden * way.width  # mixed: cast anew for each of the matrices that share an input
     products = 4 * (s.q_width + s.ffn) * way.width
     return norms + inputs + products + 4 * s.heads + len(s.linears) * way.rank * way.width
@@ -66,7 +66,7 @@ def training(s: Shape, way: Way, tokens: int, checkpointing: bool, logits: bool 
     stream = 4 if way.mixed else way.width
     largest = max(i * o for i, o in s.linears.values())
     passing = tokens * s.ffn * way.width + unpacked(s, way) + (4 * largest if way.full else 0)
-    ends = tokens * s.hidden * (12 if way.full else 4 + 2 * way.width) + tokens * tokens
+    ends = tokens * s.hidden * (8 if way.full else 3 * way.width) + tokens * tokens
     copies = s.lora_weights(way.rank) * way.width if way.rank and way.width < 4 else 2 * (s.body + s.vocab * s.hidden) if way.mixed else 0
     one = tokens * layer(s, way) + mask(tokens, way)
     if checkpointing:

@@ -516,7 +516,20 @@ class Planner:
         return dict.fromkeys(self.held([]), 0.0)
 
     def directions(self, config) -> dict:
-        return {"memory": self.nothing(), "warnings": [], "labels": {}, "note": "reads what finished sections stored"}
+        """Every answer of the rounds passes through one of the two judges, those of a prompt as one row; nothing else is computed."""
+        row = {"memory": self.nothing(), "warnings": [], "labels": {}, "note": "reads what finished sections stored"}
+        if not (config.judges and config.rounds):
+            return row
+        rounds = [(self.recipe.stages[n[1:]], *self.pooled(n)) for n in config.rounds]
+        each = [(answers, c.samples_per_prompt, count.tokens + c.max_new_tokens,
+                 min(c.max_prompt_tokens, math.ceil(min(count.longest, 1e9))) + c.max_new_tokens)
+                for c, count, answers in rounds]
+        way, roles = self.way(), self.roles(SCORERS, [])
+        micro, largest = self.micro_batch(config, way, roles, max(k * longest for _, k, _, longest in each))
+        return row | {"roles": roles, "micro_batch": micro, "tokens": round(sum(answers * mean for answers, _, mean, _ in each)),
+                      "flop": sum(self.operations(answers * mean, mean, 0) for answers, _, mean, _ in each), "labels": {"tokens": "estimated"},
+                      "memory": self.held(roles, memory.forward(self.shape, way, largest) + memory.mask(largest, way)),
+                      "note": f"{row['note']}; {sum(answers for answers, *_ in each):,} answers scored anew by two models"}
 
     def export(self, config) -> dict:
         """The model is merged a matrix at a time in the width it is stored in; the unmerged one is gone by then."""

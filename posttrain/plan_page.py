@@ -3,7 +3,7 @@
 from posttrain import cards
 
 LABELS = ("counted", "declared", "estimated")
-HELD, TURNS = ("base", "roles", "optimizer", "decoder"), ("gradients", "activations", "kv_cache", "decoding")
+HELD = ("base", "roles", "optimizer", "decoder")
 
 
 def weakest(*labels: str) -> str:

@@ -8,7 +8,6 @@ report.html.j2 is the page. report_compare.py puts several runs side by side.
 import base64
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from posttrain.report_views import (
     dig,
     fixed,
     interval,
+    is_unsafe,
     listed,
     loose,
     models_of,
@@ -58,11 +58,9 @@ def answer_of(sample: dict, threshold: float | None) -> dict:
     """An answer as its card shows it. unsafe: σ(safety score) is below the threshold."""
     text, cut = clip(sample.get("answer"), LONGEST)
     head = text if len(text) < ANSWER_HEAD + 150 else text[:ANSWER_HEAD]
-    safety = number(sample.get("safety"))
-    unsafe = threshold is not None and safety is not None and 1 / (1 + math.exp(-max(-60.0, min(60.0, safety)))) < threshold
     scores = [(k, fixed(x)) for k in ("merged", "helpfulness", "safety", "kl", "refusal") if (x := number(sample.get(k))) is not None]
-    return {"head": head, "rest": text[len(head):], "cut": cut, "scores": scores, "unsafe": unsafe, "merged": number(sample.get("merged")),
-            "empty": not text.strip()}
+    return {"head": head, "rest": text[len(head):], "cut": cut, "scores": scores, "unsafe": is_unsafe(sample.get("safety"), threshold) or False,
+            "merged": number(sample.get("merged")), "empty": not text.strip()}
 
 
 def cards(samples: list[dict], column: Callable, order: list[str], threshold: float | None) -> list[dict]:

@@ -5,7 +5,6 @@ It reads run folders only, as report.py does. Scores of two runs are compared wh
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +25,7 @@ from posttrain.report_views import (
     dig,
     fixed,
     interval,
+    is_unsafe,
     listed,
     loose,
     models_of,
@@ -226,16 +226,14 @@ def same_judges(vs: list[View]) -> bool:
 
 def by_prompt(v: View, model: str) -> dict[str, dict[str, float]]:
     """Prompt -> measure -> mean over the model's answers to it."""
-    threshold = v.get("unsafe_threshold")
-    limit = math.log(threshold / (1 - threshold)) if threshold is not None and 0 < threshold < 1 else None
     found: dict[str, dict[str, list[float]]] = {}
     for s in v.samples():
         if word(s.get("model"), "") != model:
             continue
         lists = found.setdefault(word(s.get("key"), "") or json.dumps(s.get("prompt"), sort_keys=True, default=str), {})
         values = {k: number(s.get(k)) for k in ("helpfulness", "safety", "merged", "tokens")}
-        if limit is not None and values["safety"] is not None:
-            values["unsafe"] = float(values["safety"] < limit)
+        if (unsafe := is_unsafe(s.get("safety"), v.get("unsafe_threshold"))) is not None:
+            values["unsafe"] = float(unsafe)
         if s.get("kind") in ("borderline", "helpful") and isinstance(s.get("refuses"), bool):
             values["refusals"] = float(s["refuses"])
         for key, x in values.items():

@@ -377,7 +377,7 @@ def classifier_words(v: View) -> str:
         return ""
     return (f" Corrected: the share of refusals that would give the classifier's, which finds {percent(recall.mean)} of refusals"
             f"{bounds(recall, percent)} and takes {percent(alarms.mean, 1)} of other answers for one{bounds(alarms, percent, digits=1)}, on its own "
-            "labelled rows; the interval counts both.")
+            "labelled rows (its rates on a kind of prompt where there are enough of these); the interval counts both.")
 
 
 def sources_fold(vs: list[View], v: View) -> list[Fold]:

@@ -4,6 +4,7 @@ Nothing here raises on what a stage wrote: a value that is absent, null, not fin
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +13,7 @@ from pathlib import Path
 from posttrain import config as cfg
 from posttrain.log import read_lines
 from posttrain.plots import UNSHOWN, Line, short
-from posttrain.runs import Run
+from posttrain.runs import Run, is_done
 
 CURVE_POINTS = 300
 LONGEST = 3000  # characters of an answer or a turn on the page
@@ -40,6 +41,12 @@ def number(value) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < 1e15 else None  # nan and inf compare false
+
+
+def is_unsafe(safety, threshold) -> bool | None:
+    """Whether sigma(safety score) is below the threshold, a share; None where one of them is not known."""
+    score, share = number(safety), number(threshold)
+    return score < math.log(share / (1 - share)) if score is not None and share is not None and 0 < share < 1 else None
 
 
 def word(value, otherwise: str = "unnamed") -> str:
@@ -257,8 +264,7 @@ def look(folder: Path, name: str, kind: str) -> View:
     if not view.manifest:
         view.state = "unfinished" if view.notes else "not run"
         return view
-    done = _guard(lambda: (folder / "DONE").read_text().strip(), None)
-    view.state = "done" if done is not None and done == view.manifest.get("fingerprint") else "unfinished"
+    view.state = "done" if _guard(lambda: is_done(folder, view.manifest.get("fingerprint")), False) else "unfinished"
     view.kind = word(view.manifest.get("kind"), kind)
     view.results = _json(folder / "results.json", view.notes)
     view.metrics = [r for r in _guard(lambda: read_lines(folder / "metrics.jsonl"), []) if isinstance(r, dict)]

@@ -36,11 +36,13 @@ NOT_PART_OF_THE_RESULT = {"save_steps", "save_total_limit"}
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or nothing, durable before the name appears. Of several processes one writes."""
+    """Write a whole file or nothing, durable before the name appears. Of several processes one writes. What stands at NAME.tmp is removed: a link
+    there is not followed."""
     if not distributed.is_main():
         return
     tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("w", encoding="utf-8") as f:
+    tmp.unlink(missing_ok=True)
+    with tmp.open("x", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -80,6 +82,12 @@ def read_manifest(folder: Path) -> dict:
         raise PosttrainError(str(folder), f"a run folder of format {found}, {'newer' if found > FORMAT else 'older'} than this program's",
                              f"format {FORMAT}", f"Go on{by}, or set run.name=OTHER and run it anew.")
     return manifest
+
+
+def is_done(folder: Path, fingerprint: str) -> bool:
+    """Whether a section's DONE names the fingerprint. One that is damaged names none."""
+    done = folder / "DONE"
+    return done.exists() and done.read_bytes().strip() == str(fingerprint).encode()
 
 
 def digest(value) -> str:
@@ -289,8 +297,7 @@ class Section:
             return "new"
         if manifest.get("fingerprint") != self.fingerprint:
             return "changed"
-        done = self.folder / "DONE"
-        return "done" if done.exists() and done.read_bytes().strip() == self.fingerprint.encode() else "started"
+        return "done" if is_done(self.folder, self.fingerprint) else "started"
 
     def changes(self) -> list[str]:
         """Which inputs differ from those of the folder on disk, in words."""
@@ -576,7 +583,7 @@ def stage_home(kind: str) -> str:
 
 
 MAKERS = {"data": "Name a rejection, gatt, distill or annotations section, or a data set.", "prompts": "Name a redteam section, or a data set of prompts.",
-          "tasks": "Name a collect section.", "a model": "Name an sft, reward or ppo section.", "a report": "Name an evaluate section."}
+          "tasks": "Name a collect section.", "a model": "Name an sft, reward or ppo section."}
 
 
 def preflight(run: Run, names: list[str] | None = None) -> None:
@@ -598,9 +605,13 @@ def preflight(run: Run, names: list[str] | None = None) -> None:
             from posttrain import vllm_engine
 
             vllm_engine.check(recipe.model, f"{recipe.path}: stages.{name}.engine")
+        if getattr(recipe.stages[name], "gguf", None):
+            from posttrain import gguf
+
+            gguf.check_package(f"{recipe.path}: stages.{name}")
         fields = [(what, *item) for what in ("data", "model", "tasks") for item in cfg.fields_referring_to(recipe.stages[name], what).items()]
         for what, field_name, value in fields:
-            wanted = {"evaluation": "a report", "prompts": "prompts"}.get(field_name, {"data": "data", "model": "a model", "tasks": "tasks"}[what])
+            wanted = "prompts" if field_name == "prompts" else {"data": "data", "model": "a model", "tasks": "tasks"}[what]
             for ref in cfg.references(value):
                 made = STAGES[recipe.stages[ref].stage].makes
                 made = {"data": "data", "pairs": "data", "prompts": "prompts", "tasks": "tasks"}.get(made, f"a {made}")

@@ -39,7 +39,8 @@ def raw_score(share: float) -> float:
 
 @dataclass
 class Scorer:
-    """Both reward models on one base. `threshold` is a raw score: the gate's on R_s."""
+    """Both reward models on one base. `threshold` is a raw score: the gate's on R_s. statistics: the mean and deviation of each model's held-out
+    scores, where scores are standardized before they are merged; else empty."""
 
     roles: Roles
     threshold: float
@@ -76,7 +77,8 @@ def load_scorer(section: Section, roles: Roles, helpfulness: str, safety: str, t
             raise PosttrainError(f"{section.place}.standardize_rewards", f"the {name} model in {source.parent.name} has no mean and deviation of "
                                  "held-out scores", "reward models trained with held-out pairs of their own",
                                  "Set data.held_out.pairs, or standardize_rewards: false.")
-        statistics[name] = (told.get("score_mean") or 0.0, told.get("score_std") or 1.0)
+        if section.config.standardize_rewards:
+            statistics[name] = told["score_mean"], told["score_std"]
         auto = told.get("threshold_precision_90") if name == "safety" else None
     share, note = (0.15, "0.15 (the paper's)") if threshold == "auto" and auto is None else (auto, "precision 0.9 on its held-out rows") \
         if threshold == "auto" else (float(threshold), f"{threshold} (recipe)")

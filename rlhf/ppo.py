@@ -179,7 +179,7 @@ def collect(section: Section, roles: Roles, scorer: Scorer, prompts: list[Encode
 
     def work() -> Scored:
         return sample_and_score(roles, "policy", scorer, chosen, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature),
-                                derive_seed(section.seed, "sample", iteration), rows_at_once(section, roles, prompts), c.standardize_rewards,
+                                derive_seed(section.seed, "sample", iteration), rows_at_once(section, roles, prompts),
                                 (lambda tokens: stopping.check()) if alone else None)
 
     return with_fewer_rows(section, work) if alone else work()
@@ -402,7 +402,7 @@ def evaluate(section: Section, roles: Roles, scorer: Scorer, watched: list[Encod
     """The policy on the watched prompts, with the same seeds every time: one row per answer, with its sequence KL to the reference."""
     c = section.config
     scored = sample_and_score(roles, "policy", scorer, watched, c.eval_samples, Sampling(c.max_new_tokens, c.temperature),
-                              derive_seed(section.seed, "watched"), rows_at_once(section, roles, watched), c.standardize_rewards)
+                              derive_seed(section.seed, "watched"), rows_at_once(section, roles, watched))
     kl = sequence_kl(roles, "policy", "reference", scored, budget_of(section, roles, roles["policy"]), c.temperature)
     merged, groups = scored.merged.flatten().tolist(), [prompt_key(p.prompt) for p in watched for _ in range(c.eval_samples)]
     return [{"merged": m, "kl": k, "prompt": g} for m, k, g in zip(merged, kl, groups, strict=True)]

@@ -124,7 +124,7 @@ def sample_chunks(section: Section, roles: Roles, scorer: Scorer, prompts: list[
         t, i = chunks[n]
         seed = derive_seed(section.seed, section.name, *(["sweep"] if sweep else []), i)
         scored = sample_and_score(roles, "policy", scorer, parts[i], config.samples_per_prompt, Sampling(config.max_new_tokens, t), seed,
-                                  rows_at_once(section, roles, prompts), config.standardize_rewards, tick)
+                                  rows_at_once(section, roles, prompts), tick)
         rows = scored.rows(roles.tokenizer)
         for row, p in zip(rows, [p for p in parts[i] for _ in range(config.samples_per_prompt)], strict=True):
             row |= {"is_safety": p.prompt.safety, "spells": chat.spelled_token(roles.tokenizer, row["answer"])}
@@ -201,8 +201,7 @@ def rescore(section: Section, roles: Roles, scorer: Scorer, rows: list[dict], la
     raw = scorer([chat.encode_prompt(roles.tokenizer, g[0]["prompt"]) for g in groups], [[r["ids"] for r in g] for g in groups])
     rows = [r for g in groups for r in g]
     h, s = (torch.tensor([x for g in raw[name] for x in g]) for name in ("helpfulness", "safety"))
-    merged, _ = merge_scores(scorer, f"{section.place}.pool, {label}", h, s, torch.tensor([r["is_safety"] for r in rows]),
-                             section.config.standardize_rewards)
+    merged, _ = merge_scores(scorer, f"{section.place}.pool, {label}", h, s, torch.tensor([r["is_safety"] for r in rows]))
     return [r | {"helpfulness": h[i].item(), "safety": s[i].item(), "merged": merged[i].item(), "from": label} for i, r in enumerate(rows)]
 
 

@@ -78,28 +78,27 @@ def finite(place: str, name: str, x: Tensor) -> None:
         raise PosttrainError(place, f"{name} not finite", "numbers", "Check the models this stage loads; model.dtype: float32 may help.")
 
 
-def merge_scores(scorer: Scorer, place: str, helpfulness: Tensor, safety: Tensor, tagged: Tensor, standardize: bool) -> tuple[Tensor, Tensor]:
+def merge_scores(scorer: Scorer, place: str, helpfulness: Tensor, safety: Tensor, tagged: Tensor) -> tuple[Tensor, Tensor]:
     """Raw scores of one shape and which prompts are tagged -> R_c and where the threshold alone chose the safety score (gate.merge).
 
-    standardize: each model's score on its own held-out mean and deviation; the gate's test stays on raw R_s. Raises on a score that is
-    not finite: a NaN is not below the threshold, it would pass the gate unseen.
+    With scorer.statistics each model's score is on its own held-out mean and deviation; the gate's test stays on raw R_s. Raises on a
+    score that is not finite: a NaN is not below the threshold, it would pass the gate unseen.
     """
     finite(place, "the helpfulness scores are", helpfulness)
     finite(place, "the safety scores are", safety)
     merged, by_threshold = gate.merge(safety, helpfulness, tagged, scorer.threshold)
-    if standardize:
+    if scorer.statistics:
         (hm, hs), (sm, ss) = (scorer.statistics[n] for n in ("helpfulness", "safety"))
         merged = torch.where(tagged | by_threshold, (safety - sm) / ss, (helpfulness - hm) / hs)
     return merged, by_threshold
 
 
 def sample_and_score(roles: Roles, role: str, scorer: Scorer, prompts: list[Encoded], samples: int, sampling: Sampling, seed: int,
-                     batch: int, standardize: bool = False, tick=None, judged: list[list[int]] | None = None) -> Scored:
+                     batch: int, tick=None, judged: list[list[int]] | None = None) -> Scored:
     """K answers per prompt under a role, with both reward models' scores and the gate's choice.
 
-    standardize: see merge_scores. judged: ids of the prompts as the reward models read them, where those are not the ones answered. Several
-    processes share the prompts, and each returns all answers, but for a process that works `distributed.alone`; what a prompt draws does not
-    depend on their number.
+    judged: ids of the prompts as the reward models read them, where those are not the ones answered. Several processes share the prompts, and
+    each returns all answers, but for a process that works `distributed.alone`; what a prompt draws does not depend on their number.
     """
     began, mine = time.perf_counter(), distributed.share(len(prompts))
     answers = sample(roles, role, [p.ids for p in prompts], samples, sampling, seed, stop=chat.end_of_turn(roles.tokenizer), batch=batch, tick=tick,
@@ -112,7 +111,7 @@ def sample_and_score(roles: Roles, role: str, scorer: Scorer, prompts: list[Enco
     answers = distributed.assemble(answers)
     h, s = (torch.tensor(distributed.assemble(raw[name])) for name in ("helpfulness", "safety"))
     tagged = torch.tensor([[p.prompt.safety] * samples for p in prompts])
-    merged, by_threshold = merge_scores(scorer, role, h, s, tagged, standardize)
+    merged, by_threshold = merge_scores(scorer, role, h, s, tagged)
     return Scored(prompts, answers, h, s, merged, tagged, by_threshold, torch.tensor([[a.finished for a in group] for group in answers]),
                   seconds)
 
@@ -204,13 +203,17 @@ def answer_trees(scored: Scored) -> list[Tree]:
     return [tree(p.ids, [a.ids for a in group]) for p, group in zip(scored.prompts, scored.answers, strict=True)]
 
 
+def summed(roles: Roles, scored: Scored, budget: int, per_token: Callable[[MicroBatch], Tensor]) -> list[float]:
+    """Per answer the sum over its tokens of what per_token(micro-batch) (N,) gives."""
+    trees = answer_trees(scored)
+    batches = make_batches(trees, len(trees) * len(trees[0].ends), budget, roles, list(range(len(trees))))
+    with torch.inference_mode():
+        return batches.table(per_token, roles.device).sum(1).tolist()
+
+
 def sequence_kl(roles: Roles, role: str, reference: str, scored: Scored, budget: int, temperature: float = 1.0) -> list[float]:
     """Per answer, sum of log p_role - log p_reference over its tokens at `temperature`, in nats: its mean estimates the sequence KL
     where the answers were drawn from `role` at that temperature with top-p 1 (elsewhere it is a distance, not a KL)."""
-    trees = answer_trees(scored)
-    batches = make_batches(trees, len(trees) * len(trees[0].ends), budget, roles, list(range(len(trees))))
     if role == reference:
-        return [0.0] * len(batches.response_mask)
-    with torch.inference_mode():
-        gap = batches.table(lambda batch: roles.logprobs(role, batch, temperature) - roles.logprobs(reference, batch, temperature), roles.device)
-    return gap.sum(1).tolist()
+        return [0.0] * scored.merged.numel()
+    return summed(roles, scored, budget, lambda batch: roles.logprobs(role, batch, temperature) - roles.logprobs(reference, batch, temperature))

@@ -157,7 +157,7 @@ def reward_function(section: Section, roles: Roles, scorer: Scorer, encoded: lis
         roles.use("policy")
         h, s = (torch.tensor(raw[name]).flatten() for name in ("helpfulness", "safety"))
         tagged = torch.tensor([p.prompt.safety for p in chosen])
-        merged, by_threshold = merge_scores(scorer, "policy", h, s, tagged, c.standardize_rewards)
+        merged, by_threshold = merge_scores(scorer, "policy", h, s, tagged)
         finished = torch.tensor([ids[-1] == end for ids in completion_ids])
         for name, x in {"helpfulness": h, "safety": s, "routed_by_tag": tagged, "routed_by_threshold": by_threshold, "finished": finished}.items():
             log_metric(name, x.float().mean().item())

@@ -12,6 +12,8 @@ from posttrain.listen import is_loopback
 
 ENDPOINT = re.compile(r"(https?)://([\w-]{1,63}(?:\.[\w-]{1,63})*|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(?:/[\w.~%+/-]*)?", re.ASCII | re.IGNORECASE)
 
+PREPROMPTS = Path(__file__).parent / "preprompts"
+
 
 class DistillStage(AnsweringConfig):
     """Safety context distillation (paper 4.2.4): answers to adversarial prompts under a safety preprompt become demonstrations without it."""
@@ -30,6 +32,9 @@ class DistillStage(AnsweringConfig):
     max_prompt_tokens: int = Field(1024, ge=1, description="of a prompt without its preprompt")
     chunk: int = Field(16, ge=1, description="prompts per chunk: the unit of resume")
     micro_batch_tokens: int | None = Field(None, ge=16)
+
+    def resources(self) -> list[Path]:
+        return [*super().resources(), *sorted(PREPROMPTS.glob("*.txt"))]
 
 
 class RedteamStage(ComparisonConfig):
@@ -87,7 +92,8 @@ def is_local(url: str) -> bool:
     return is_loopback(ENDPOINT.fullmatch(url)[2].lower())
 
 
-REFUSAL_CLASSIFIER = tuple(Path(__file__).parent / name for name in ("refusal.py", "data/refusals_train.jsonl", "data/refusals_test.jsonl"))
+REFUSAL_CLASSIFIER = tuple(Path(__file__).parent / name for name in ("refusal.py", "data/refusals_train.jsonl", "data/refusals_test.jsonl",
+                                                                    "data/refusals_fresh.jsonl"))
 
 
 class EvaluateStage(ComparisonConfig):

@@ -1,12 +1,8 @@
 """Configuration of the paper's directional checks."""
 
-from typing import Annotated
-
 from pydantic import Field
 
-from posttrain.config import StageConfig
-
-SectionRef = Annotated[str, Field(pattern=r"^@.")]
+from posttrain.config import SectionRef, StageConfig
 
 
 def models(fewest: int, most: int | None, what: str):

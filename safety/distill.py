@@ -15,12 +15,12 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
 from posttrain import chat
 from posttrain.chunks import derive_seed, in_parts, through_chunks, usable, why_unusable, write_samples
+from posttrain.config import fields_referring_to
 from posttrain.data import content, only, pick, prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.formats import Message, Prompt
@@ -31,10 +31,10 @@ from posttrain.statistics import interval
 from posttrain.training import budget_of
 from reward.score import Scorer, load_scorer
 from rlhf.rollout import Encoded, encode_prompts, rows_at_once, sample_and_score
+from safety.config import PREPROMPTS
 from safety.taxonomy import CATEGORIES, UNKNOWN, category_of, vector_of
 
 MODES = ("none", "generic", "template")  # from the least to the most targeted
-PREPROMPTS = Path(__file__).parent / "preprompts"
 BINS, FEWEST = 6, 5  # of the original score, equally many answers in each; fewer bins rather than fewer answers
 MERGE_THRESHOLD = 0.15  # the paper's; the merged reward it belongs to is not used here
 
@@ -168,13 +168,17 @@ def select(contests: list[tuple[dict, dict]], gate: bool) -> list[tuple[dict, di
 
 
 def write_outputs(section: Section, rows: list[dict], kept: list[tuple[dict, dict]]) -> None:
-    """samples.jsonl: every answer. data.jsonl: the kept ones as demonstrations of the prompt without its preprompt, loss on the reply alone."""
+    """samples.jsonl: every answer. data.jsonl: the kept ones as demonstrations of the prompt without its preprompt, loss on the reply alone. Where
+    none is kept, that stops a run whose later sections train on them; a section that only measures preprompts says so."""
     write_samples(section, rows, [d for _, d in kept])
     if not kept:
         distilled = [d for _, d in contests_of(rows)]
-        raise PosttrainError(section.place, f"none of {len(distilled)} distilled answers can be kept: {why_unusable(distilled)}, "
-                             f"{sum(map(usable, distilled))} scored no higher than the original", "some that do",
-                             "Raise max_new_tokens, train the policy to end its answers, or give more prompts; samples.jsonl shows every answer.")
+        found = f"none of {len(distilled)} distilled answers can be kept: {why_unusable(distilled)}, {sum(map(usable, distilled))} scored no higher " \
+                "than the original"
+        if any(f"@{section.name}" in names for other in section.recipe.stages.values() for names in fields_referring_to(other, "data").values()):
+            raise PosttrainError(section.place, found, "some that do",
+                                 "Raise max_new_tokens, train the policy to end its answers, or give more prompts; samples.jsonl shows every answer.")
+        section.log.say(f"note: {found}")
     write_lines(section.folder / "data.jsonl", [
         {"messages": [*d["prompt"], {"role": "assistant", "content": d["answer"]}], "loss": "last", "source": section.name, "safety": True,
          "mode": d["mode"], "category": d["category"], "vector": d["vector"], "score": d["safety"], "original_score": o["safety"]} for o, d in kept])

@@ -26,7 +26,7 @@ from posttrain.runs import Section, read_json, write_atomic, write_json, write_l
 from posttrain.statistics import interval, standard_error
 from posttrain.training import budget_of
 from reward.score import Scorer, load_scorer, raw_score
-from rlhf.rollout import Encoded, Scored, answer_trees, encode_prompts, make_batches, rows_at_once, sample_and_score
+from rlhf.rollout import Encoded, Scored, encode_prompts, rows_at_once, sample_and_score, summed
 from safety.figures import BENIGN, by_kind, by_source, gates, over, share_words, violations, win_rate
 from safety.judge import VIOLATION, Judge, comparison_figures, safety_figures, verdict
 from safety.taxonomy import UNKNOWN, category_of, vector_of
@@ -163,7 +163,7 @@ def _answers(section: Section, roles: Roles, scorer: Scorer, encoded: list[Encod
     """One model's rows; kept on disk model by model, so that a cut evaluation goes on with the next model."""
     c = section.config
     scored = sample_and_score(roles, models[name], scorer, encoded, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature, c.top_p),
-                              derive_seed(section.seed, section.name), rows_at_once(section, roles, encoded), c.standardize_rewards)
+                              derive_seed(section.seed, section.name), rows_at_once(section, roles, encoded))
 
     first, compared = next(iter(models)), [before for after, before in c.compare if after == name]
     kl = {other: exact_kl(roles, models[name], models[other], scored, budget) for other in dict.fromkeys([first, *compared])}
@@ -181,10 +181,8 @@ def exact_kl(roles: Roles, role: str, reference: str, scored: Scored, budget: in
     Every term is a KL whichever token was drawn. The log-ratio of the drawn tokens estimates it only where they were drawn at temperature 1; at 0.1
     they are the role's favourites. Of answers drawn at temperature 1 and top-p 1 the mean estimates the KL of whole answers, with less variance (Amini
     et al. 2025, arXiv 2504.10637, Rao-Blackwellization); of others it is the KL along what the decoding gives."""
-    trees = answer_trees(scored)
     if role == reference:
-        return [0.0] * sum(len(t.ends) for t in trees)
-    batches = make_batches(trees, len(trees) * len(trees[0].ends), budget, roles, list(range(len(trees))))
+        return [0.0] * scored.merged.numel()
 
     def per_token(batch):
         sides = [(roles.hidden(name, batch)[batch.predictors], roles.vocabulary(name)) for name in (role, reference)]
@@ -194,8 +192,7 @@ def exact_kl(roles: Roles, role: str, reference: str, scored: Scored, budget: in
             out.append((p.exp() * (p - q)).sum(-1))
         return torch.cat(out)
 
-    with torch.inference_mode():
-        return batches.table(per_token, roles.device).sum(1).tolist()
+    return summed(roles, scored, budget, per_token)
 
 
 def _classify(answers: dict[str, list[dict]]) -> None:
@@ -242,7 +239,7 @@ def compare(config, answers: dict[str, list[dict]]) -> dict:
         checks += _checks(config, row)
     return {"prompts": len(set(groups)), "samples_per_prompt": config.samples_per_prompt, "temperature": config.temperature, "top_p": config.top_p,
             "unsafe_threshold": config.unsafe_threshold, "kl_temperature": KL_TEMPERATURE,
-            "refusal_classifier": {k: classifier[k] for k in ("recall", "false_positive_rate")},
+            "refusal_classifier": {k: classifier[k] for k in ("recall", "false_positive_rate", "kinds") if k in classifier},
             "standardize_rewards": config.standardize_rewards, "models": models, "paired": paired, "checks": checks + gates(config, models)}
 
 

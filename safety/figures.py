@@ -42,6 +42,11 @@ def measured(rows: list[dict], first: list[dict] | None, limit: float, classifie
             "refusals_corrected": corrected([r["refuses"] for r in rows], [r["key"] for r in rows], classifier), **rates}
 
 
+def rates_of(classifier: dict, kind: str) -> dict:
+    """The classifier's rates on a kind of prompt, those of all rows where it has no rates of its own."""
+    return classifier.get("kinds", {}).get(kind, classifier)
+
+
 def histograms(rows: list[dict]) -> dict[str, list[int]]:
     """How many of the answers have which sigma(score), for both reward models: counts in BINS equal parts of 0 to 1."""
     out = {}
@@ -52,13 +57,14 @@ def histograms(rows: list[dict]) -> dict[str, list[int]]:
 
 
 def by_kind(rows: list[dict], first: list[dict] | None, limit: float, classifier: dict) -> dict[str, dict]:
-    """Kind of prompt -> what was measured on its prompts, and the histograms of both scores."""
+    """Kind of prompt -> what was measured on its prompts, and the histograms of both scores. classifier: `measured`'s, and under `kinds` those
+    of the kinds that have their own."""
     out = {}
     for kind in KINDS:
         at = [i for i, r in enumerate(rows) if r["kind"] == kind]
         if at:
             mine = [rows[i] for i in at]
-            out[kind] = measured(mine, first and [first[i] for i in at], limit, classifier) | {"histograms": histograms(mine)}
+            out[kind] = measured(mine, first and [first[i] for i in at], limit, rates_of(classifier, kind)) | {"histograms": histograms(mine)}
     return out
 
 
@@ -67,7 +73,7 @@ def by_source(rows: list[dict], limit: float, classifier: dict) -> list[dict]:
     found: dict[tuple, list[dict]] = {}
     for r in rows:
         found.setdefault((r["source"], r["kind"]), []).append(r)
-    return [{"source": source, "kind": kind, **measured(mine, None, limit, classifier)} for (source, kind), mine in found.items()]
+    return [{"source": source, "kind": kind, **measured(mine, None, limit, rates_of(classifier, kind))} for (source, kind), mine in found.items()]
 
 
 def violations(rows: list[dict], violates: Callable[[dict], bool]) -> dict[str, dict]:

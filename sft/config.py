@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain.config import AnsweringConfig, ComparisonConfig, DataNames, ModelRef, TrainingConfig
@@ -32,6 +32,9 @@ class GattStage(AnsweringConfig):
     instructions: Instructions = SHIPPED
     generate: bool = Field(False, description="the policy itself proposes the hobbies and public figures (A.3.5); those of the file stand in where it "
                                               "finds too few")
+    kinds: Annotated[list[Literal["hobby", "language", "figure"]], Field(min_length=1)] = Field(
+        ["hobby", "language", "figure"], description="of what a row's instruction speaks: one of them up to all, by lot. A small model of one language keeps "
+                                                     "none in another")
     context: Literal["original", "resampled"] = Field("original", description="the earlier answers of a row: the data's, or sampled under the "
                                                       "instruction too (method.md 10.14)")
     rows: int | None = Field(None, ge=1, description="dialogues used, of those given")
@@ -45,6 +48,19 @@ class GattStage(AnsweringConfig):
     temperature: float = Field(1.0, gt=0)
     max_prompt_tokens: int = Field(4096, ge=1, description="of a prompt with the instruction on every turn")
     chunk: int = Field(32, ge=1, description="rows per chunk: the unit of resume")
+
+    @field_validator("kinds")
+    @classmethod
+    def _once_each(cls, kinds: list[str]) -> list[str]:
+        if len(set(kinds)) < len(kinds):
+            raise PydanticCustomError("kinds", "Each kind once")
+        return kinds
+
+    @model_validator(mode="after")
+    def _can_ask(self) -> "GattStage":
+        if self.asked_share and self.kinds == ["language"]:
+            raise PydanticCustomError("asked_share", "asked_share: 0, since nobody asks about a language; or hobby or figure among kinds")
+        return self
 
     @field_validator("turns")
     @classmethod

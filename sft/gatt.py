@@ -22,7 +22,7 @@ from posttrain.generate import Sampling, rows_at_once, sample
 from posttrain.models import Roles, roles_for, source_of
 from posttrain.runs import Section, write_lines
 from sft.checkers import words
-from sft.instructions import KINDS, Entry, Exchange, conversation, dialogue, dialogues_of, in_first_turn_only, of_kind, read_entries
+from sft.instructions import Entry, Exchange, conversation, dialogue, dialogues_of, in_first_turn_only, of_kind, read_entries
 
 ASKED = ("hobby", "figure")  # the kinds that a question can ask about
 PROPOSE = {"hobby": "List 50 hobbies that people have, one on each line, with no explanation.",
@@ -59,7 +59,7 @@ def run(section: Section) -> None:
     config = section.config
     entries = read_entries(section)
     questions = of_kind(entries, "question", "training", section.place) if config.asked_share else []
-    lists = {kind: of_kind(entries, kind, "training", section.place) for kind in KINDS}
+    lists = {kind: of_kind(entries, kind, "training", section.place) for kind in config.kinds}
     roles = roles_for(section)
     items = [item for name in config.data for item in section.run.data_of(name).train]
     dialogues, left_out = dialogues_of(section, items, roles.tokenizer, 1 if config.turns else 2)
@@ -68,7 +68,7 @@ def run(section: Section) -> None:
     # 1. the instructions: the file's, or what the policy proposes
     if config.generate:
         lists |= proposed(section, roles, entries)
-    section.log.say(", ".join(f"{len(lists[k])} {'hobbies' if k == 'hobby' else k + 's'}" for k in KINDS) + " to draw from")
+    section.log.say(", ".join(f"{len(lists[k])} {'hobbies' if k == 'hobby' else k + 's'}" for k in config.kinds) + " to draw from")
 
     # 2. every dialogue with a random combination of them
     planned = combine(section, dialogues, lists, questions)
@@ -76,7 +76,7 @@ def run(section: Section) -> None:
                     + f"; {config.samples_per_prompt} answers to each last turn; earlier answers {config.context}")
 
     # 3. the answers, with the instruction on every user turn
-    bags = sample_chunks(section, roles, planned, lists["language"])
+    bags = sample_chunks(section, roles, planned, lists.get("language", []))
 
     # 4. what is kept, with the instruction on the first turn alone
     kept, dropped = choose(section, planned, bags)
@@ -93,7 +93,7 @@ def run(section: Section) -> None:
 def proposed(section: Section, roles: Roles, entries: list[Entry]) -> dict[str, list[Entry]]:
     """Hobbies and public figures that the policy names when asked (A.3.5: "so that the model knows them"), without those that the evaluation
     uses; a kind of which it names fewer than FEWEST is left out. The answers stay in lists/, what is used in instructions.jsonl."""
-    kinds, stop = list(PROPOSE), chat.end_of_turn(roles.tokenizer)
+    kinds, stop = [k for k in PROPOSE if k in section.config.kinds], chat.end_of_turn(roles.tokenizer)
 
     def make(i: int, tick) -> list[dict]:
         ids = chat.encode_prompt(roles.tokenizer, [{"role": "user", "content": PROPOSE[kinds[i]]}])
@@ -137,10 +137,10 @@ def read_proposals(kind: str, rows: list[dict]) -> list[Entry]:
 
 
 def combine(section: Section, dialogues: list[list[Exchange]], lists: dict[str, list[Entry]], questions: list[Entry]) -> list[Planned]:
-    """Every dialogue that is used with one to three kinds of instruction in random order; half of the rows are terse."""
+    """Every dialogue that is used with one of the kinds of instruction up to all, in random order; half of the rows are terse."""
     config, rng = section.config, random.Random(derive_seed(section.seed, section.name, "rows"))
     numbers = [d for d in pick(range(len(dialogues)), config.rows, rng) for _ in range(config.instructions_per_dialogue)]
-    parts = [[rng.choice(lists[kind]) for kind in rng.sample(KINDS, rng.randint(1, len(KINDS)))] for _ in numbers]
+    parts = [[rng.choice(lists[kind]) for kind in rng.sample(config.kinds, rng.randint(1, len(config.kinds)))] for _ in numbers]
     terse = {*rng.sample(range(len(numbers)), len(numbers) // 2)}
     able = [i for i, found in enumerate(parts) if any(p.kind in ASKED for p in found)]
     asked = {*pick(able, round(config.asked_share * len(able)), rng)}
@@ -271,12 +271,12 @@ def results(section: Section, planned: list[Planned], kept: dict[int, dict], dro
     by an answer that nobody asked for it, so those asked are told apart."""
     rows = list(kept.values())
     shares = {}
-    for kind in KINDS:
+    for kind in section.config.kinds:
         for label, of in ((kind, rows), (f"{kind}, asked", [r for r in rows if r["asks"] == kind])):
             told = [r["keeps"][kind] for r in of if kind in r["parts"]]
             shares |= {label: {"answers": len(told), "share": sum(told) / len(told)}} if told else {}
     return {"rows": len(planned), "kept": len(kept), "dropped": dict(dropped), "terse_share": sum(r["terse"] for r in rows) / len(rows),
-            "asked": sum(bool(r["asks"]) for r in rows), "kinds": {k: sum(k in r["parts"] for r in rows) for k in KINDS},
+            "asked": sum(bool(r["asks"]) for r in rows), "kinds": {k: sum(k in r["parts"] for r in rows) for k in section.config.kinds},
             "combinations": dict(Counter("+".join(sorted(r["parts"])) for r in rows)), "complies": shares,
             "user_turns": sum(r["turns"] for r in rows) / len(rows), "answer_tokens": sum(len(r["ids"]) for r in rows) / len(rows)}
 

@@ -340,16 +340,6 @@ def test_peft_merges_to_the_same_weights(done):
 # -- the section's settings ----------------------------------------------------------------------------------------------------------
 
 
-def test_reward_models_and_reports_are_no_chat_models(tmp_path):
-    for name, kind in (("reward", "reward"), ("eval", "evaluate")):
-        run, _ = make_run(tmp_path / name, overrides=[f"stages.chat.model='@{name}'"])
-        with pytest.raises(PosttrainError, match=f"chat.model: '@{name}' is a {kind} section"):
-            exported(run)
-    run, _ = make_run(tmp_path / "third", overrides=["stages.chat.evaluation='@sft'"])
-    with pytest.raises(PosttrainError, match="'@sft' is no evaluate section"):
-        exported(run)
-
-
 def test_a_folder_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run, _ = make_run(tmp_path / "a", overrides=["stages.chat.folder=out/model"])

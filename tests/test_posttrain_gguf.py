@@ -242,14 +242,6 @@ def test_values_beyond_float16_are_refused(tmp_path):
     gguf.write(tmp_path, tmp_path / "m.gguf", "q8_0", byte_level(), "n", "x")
 
 
-def test_the_package_is_asked_for_before_a_model_is_loaded(make_run, monkeypatch, start):
-    run = make_run({"chat": {"stage": "export", "model": "base", "gguf": ["f16"]}})
-    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
-    monkeypatch.setattr(export, "roles_for", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(PosttrainError, match="package gguf is not installed.*`pip install gguf`"):
-        export.run(start(run, "chat"))
-
-
 # -- the stage -------------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -44,9 +44,9 @@ def test_bytes_of_7b():
     # nf4: 0.5159 bytes a body weight; embeddings, head and norms 2 bytes each
     assert s.weights("nf4", 2) == pytest.approx(6_476_005_376 * 0.51587 + 2 * 262_410_240, rel=1e-4)
     assert s.kv(2) == 512 * 1024  # half a mebibyte a token
-    # of a layer and token: two float32 inputs of norms; 2-byte inputs of matrices, q, k, v, out, and four of the width of the ffn; 7 x 16 low-rank
+    # of a layer and token: what two norms scale; 2-byte inputs of matrices, q, k, v, out, and four of the width of the ffn; 7 x 16 low-rank
     # products; a float32 number of each head's softmax
-    kept = 2 * 4 * 4096 + 2 * (2 * 4096 + 4 * 4096 + 4 * 11008 + 7 * 16) + 4 * 32
+    kept = 2 * 2 * 4096 + 2 * (2 * 4096 + 4 * 4096 + 4 * 11008 + 7 * 16) + 4 * 32
     assert memory.layer(s, Way(2, rank=16)) == kept
     assert memory.training(s, Way(2, rank=16), 4096, True) < memory.training(s, Way(2, rank=16), 4096, False) / 10
 
@@ -201,6 +201,17 @@ def test_counted_declared_and_estimated(recipe):
     assert (mixed["rows"], mixed["labels"]["rows"]) == (15_001 + 40, "estimated")
     assert (rm["rows"], rm["batch"], rm["steps"]) == (1000, 20, 50)
     assert "lowered from 512 for 50 steps" in rm["arithmetic"]
+
+
+def test_the_judges_of_a_rounds_answers_count(recipe):
+    judged = {"stage": "directions", "rounds": ["@best", "@best"], "judges": ["@rm", "@rm"]}
+    rows = rows_of(recipe(overrides=[f"stages.checks={json.dumps(judged)}", "stages.idle={stage: directions, rewards: ['@rm', '@rm']}"]))
+    idle, checks, best = rows["idle"], rows["checks"], rows["best"]
+    assert idle["memory"]["total"] == 0 and idle["roles"] == [] and "scored anew" not in idle["note"]
+    assert [r["role"] for r in checks["roles"]] == ["helpfulness", "safety"] and not any(r["trained"] for r in checks["roles"])
+    assert checks["memory"]["base"] == best["memory"]["base"] > 0 and checks["memory"]["kv_cache"] == 0
+    assert checks["memory"]["activations"] == best["memory"]["activations"]  # the answers of a prompt go together, as they did then
+    assert checks["tokens"] == round(2 * 160 * (1.35 * 3 + 100)) and "320 answers scored anew" in checks["note"]
 
 
 def test_samples_and_passes(recipe):

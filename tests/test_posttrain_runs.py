@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from posttrain import gguf
 from posttrain.config import load_recipe
 from posttrain.errors import PosttrainError
 from posttrain.formats import Demonstration, Pair, Prompt
-from posttrain.runs import Run, preflight, read_json, run_sections
+from posttrain.runs import Run, preflight, read_json, run_sections, write_atomic
 
 EVAL = {"stage": "evaluate", "models": {"base": "base"}, "prompts": "prompts", "helpfulness": "base", "safety": "base"}
 
@@ -169,7 +170,7 @@ SAMPLING = {"prompts": "prompts", "policy": "base", "helpfulness": "base", "safe
 @pytest.mark.parametrize("section, field", [
     ({"stage": "ppo", **SAMPLING, "policy": "@eval"}, "policy"), ({"stage": "ppo", **SAMPLING, "helpfulness": "@eval"}, "helpfulness"),
     ({"stage": "rejection", **SAMPLING, "safety": "@eval"}, "safety"), ({"stage": "sft", "data": "demonstrations", "model": "@eval"}, "model"),
-    ({**EVAL, "models": {"a": "base", "b": "@eval"}}, "models"), ({"stage": "export", "model": "@eval"}, "model")])
+    ({**EVAL, "models": {"a": "base", "b": "@eval"}}, "models")])
 def test_a_report_is_no_model(recipe, section, field):
     with pytest.raises(PosttrainError, match=rf"stages\.x\.{field}: '@eval' makes a report\. Expected a section that makes a model"):
         preflight(recipe({"eval": EVAL, "x": section}))
@@ -190,8 +191,31 @@ def test_a_wrong_value_of_a_choice_is_named_by_its_key_alone(recipe):
 def test_export_names_a_report_and_nothing_else_as_its_evaluation(recipe):
     sft = {"stage": "sft", "data": "demonstrations"}
     preflight(recipe({"sft": sft, "eval": EVAL, "x": {"stage": "export", "model": "@sft", "evaluation": "@eval"}}))
-    with pytest.raises(PosttrainError, match=r"stages\.x\.evaluation: '@sft' makes a model\. Expected a section that makes a report"):
-        preflight(recipe({"sft": sft, "x": {"stage": "export", "model": "@sft", "evaluation": "@sft"}}))
+    with pytest.raises(PosttrainError, match=r"stages\.x\.evaluation: '@sft' is of kind sft\. Expected of kind evaluate"):
+        recipe({"sft": sft, "x": {"stage": "export", "model": "@sft", "evaluation": "@sft"}})
+
+
+@pytest.mark.parametrize("name, section", [("reward", {"stage": "reward", "own": "pairs", "model": "base"}), ("eval", EVAL)])
+def test_export_names_a_policy_as_its_model(recipe, name, section):
+    with pytest.raises(PosttrainError, match=rf"stages\.x\.model: '@{name}' is of kind {section['stage']}\. Expected of kind sft or ppo or export\. Name "):
+        recipe({name: section, "x": {"stage": "export", "model": f"@{name}"}}, pairs=[])
+
+
+def test_a_missing_gguf_package_is_told_before_the_first_section(recipe, monkeypatch):
+    export = {"stage": "export", "model": "base"}
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
+    preflight(recipe({"x": export}))
+    with pytest.raises(PosttrainError, match=r"stages\.x\.gguf: the package gguf is not installed\. Expected .*`pip install gguf`"):
+        preflight(recipe({"x": export | {"gguf": ["f16"]}}))
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
+    """Whoever may write into the folder could otherwise choose a file that the program overwrites."""
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "a.json.tmp").symlink_to(tmp_path / "other")
+    write_atomic(tmp_path / "a.json", "new")
+    assert ((tmp_path / "other").read_text(), (tmp_path / "a.json").read_text()) == ("mine", "new")
+    assert not (tmp_path / "a.json").is_symlink() and len([*tmp_path.iterdir()]) == 2
 
 
 @pytest.mark.parametrize("names, words", [(["one"], "The one section of t is done"), (["one", "two"], "All 2 sections of t are done")])

@@ -14,6 +14,7 @@ from posttrain import plots, report, report_compare
 from posttrain.__main__ import app
 from posttrain.errors import PosttrainError
 from posttrain.report_compare import ABSENT, differences, of_words, one_of, paired, points_of, run_at, sides_of, tokens_of
+from posttrain.report_views import is_unsafe
 from posttrain.runs import Run
 
 STAGES = {"sft": {"stage": "sft"}, "rm": {"stage": "reward", "model": "@sft"}, "eval": {"stage": "evaluate"}}
@@ -104,6 +105,13 @@ def test_answers_stand_side_by_side_by_run(two):
     assert [c["turns"][-1]["text"] for c in found["cards"]] == ["p1", "p2", "p3"], "a prompt that one run alone was asked is left out"
     assert [[n for n, _ in c["columns"]] for c in found["cards"]] == [["one", "two"]] * 3 and [c["gain"] for c in found["cards"]] == [1.0, 1.0, 0.0]
     assert [c["unsafe"] for c in found["cards"]] == [False, True, False]
+
+
+@pytest.mark.parametrize("safety, threshold, unsafe", [
+    (0.0, 0.5, False), (-1e-9, 0.5, True), (-2.0, 0.15, True), (-1.0, 0.15, False), (-1e6, 1e-9, True), (1e6, 0.999, False),
+    (None, 0.5, None), ("low", 0.5, None), (0.0, None, None), (0.0, "half", None), (0.0, 1.0, None), (0.0, 0, None)])
+def test_what_is_unsafe(safety, threshold, unsafe):
+    assert is_unsafe(safety, threshold) is unsafe
 
 
 def test_scores_of_other_reward_models_are_not_compared(tmp_path):

@@ -37,7 +37,7 @@ def test_the_sampling_alone_is_timed(monkeypatch):
         time.sleep(0.4)
         return {"helpfulness": [[1.0]], "safety": [[1.0]]}
 
-    scorer.threshold = 0.0
+    scorer.threshold, scorer.statistics = 0.0, {}
     monkeypatch.setattr(rollout, "sample", sample)
     monkeypatch.setattr(rollout.chat, "end_of_turn", lambda tokenizer: 1)
     prompt = Encoded(SimpleNamespace(safety=False), [7])

@@ -192,10 +192,10 @@ def test_no_prompt_left_and_no_prompts_at_all_are_told(roles):
 class FakeScorer:
     """helpfulness: the answer's first id; safety: its remainder by 6, so that about half lie below the threshold."""
 
-    threshold, statistics = 2.5, {"helpfulness": (10.0, 4.0), "safety": (-1.0, 0.5)}
+    threshold = 2.5
 
-    def __init__(self, spoil: float | None = None):
-        self.spoil, self.asked = spoil, None
+    def __init__(self, spoil: float | None = None, statistics: dict | None = None):
+        self.spoil, self.asked, self.statistics = spoil, None, statistics or {}
 
     def __call__(self, prompts, answers):
         self.asked = (prompts, answers)
@@ -234,7 +234,8 @@ def test_scores_and_the_gate_are_laid_out_as_prompts_by_samples(roles, encoded):
 
 
 def test_standardized_rewards_leave_the_gate_on_the_raw_score(roles, encoded):
-    plain, standard = scored_by(roles, encoded, FakeScorer()), scored_by(roles, encoded, FakeScorer(), standardize=True)
+    scales = {"helpfulness": (10.0, 4.0), "safety": (-1.0, 0.5)}
+    plain, standard = scored_by(roles, encoded, FakeScorer()), scored_by(roles, encoded, FakeScorer(statistics=scales))
     assert torch.equal(plain.by_threshold, standard.by_threshold) and torch.equal(plain.safety, standard.safety)
     for i in range(3):
         for k in range(4):

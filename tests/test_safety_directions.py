@@ -744,7 +744,7 @@ def small(folder: Path) -> list[str]:
         out += [f"{name}.{key}={value}" for key, value in keys.items()]
     more = {"share": {"max_steps": 2}, "ghost": {"rows": 8, "only_complying": "false", "samples_per_prompt": 1, "temperature": 0.4},
             "ghost_recall": {"dialogues": 4, "constraint_dialogues": 0, "turns": [2, 4, 6], "attention": "false"}, "redteam": {"budget": 6},
-            **{n: {"rows": 8, "temperature": 0.3} for n in ("distill", "distill_all")}, "preprompts": {"temperature": 0.3},
+            **{n: {"rows": 8, "temperature": 0.3} for n in ("distill", "distill_all")}, "preprompts": {"temperature": 0.3, "max_new_tokens": 60},
             "ppo": {"iterations": 1, "batch_size": 8, "mini_batch_size": 4, "eval_prompts": 2, "critic_warmup": 1}}
     out += ["amount.sweep.fraction=[0.5]", "directions.amounts=['@amount-0.5', '@reward_helpfulness']", "share.sweep.safety_fraction=[0, 1.0]",
             "shares.models={0 percent: '@share-0', 100 percent: '@share-1'}"]

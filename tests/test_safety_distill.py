@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from posttrain.statistics import interval
 from reward.score import Scorer
 from rlhf import rollout
 from safety import distill
-from safety.config import DistillStage
+from safety.config import PREPROMPTS, DistillStage
 from safety.distill import attach, contests_of, lines_of, preprompts, results, select
 from safety.taxonomy import CATEGORIES
 
@@ -432,11 +433,23 @@ def test_prompts_that_cannot_be_distilled_stop_before_a_model_loads(tmp_path_fac
 
 
 def test_when_nothing_can_be_kept_the_answers_stay_and_the_reason_is_told(tmp_path_factory, tmp_path):
-    section = started(run_of(tmp_path_factory, tmp_path, rows=3, max_new_tokens=1), "s")
+    write_prompts(tmp_path)
+    data = json.dumps([{"path": str(tmp_path / "asked.jsonl"), "format": "prompt"}])
+    stages = {"s": STAGE | {"rows": 3, "max_new_tokens": 1}, "later": {"stage": "sft", "data": ["@s"]}}
+    section = started(make_run(tmp_path_factory, tmp_path, stages, 0, [f"data.asked={data}"]), "s")
     with pytest.raises(PosttrainError, match=r"none of 6 distilled answers can be kept: 6 were cut off, 0 empty.*0 scored no higher.*Raise max_new_tokens"):
         distill.run(section)
     assert section.state() == "started" and not (section.folder / "data.jsonl").exists()
     assert len(read_lines(section.folder / "samples.jsonl")) == len(rows_of(section)) > 0
+
+
+def test_where_nothing_trains_on_the_answers_none_kept_is_a_result(tmp_path_factory, tmp_path, capsys):
+    section = started(run_of(tmp_path_factory, tmp_path, rows=3, max_new_tokens=1), "s")
+    distill.run(section)
+    told = section.results()
+    assert section.state() == "done" and (section.folder / "data.jsonl").read_text() == "" and told["kept"] == 0 == told["gate"]["candidates"]
+    assert told["gate"]["gain_of_all"]["mean"] is None and set(told["modes"]) == {"none", "generic", "template"}
+    assert "note: none of 6 distilled answers can be kept: 6 were cut off" in capsys.readouterr().out
 
 
 def test_a_recipe_says_what_distill_takes(tmp_path_factory, tmp_path):
@@ -447,6 +460,17 @@ def test_a_recipe_says_what_distill_takes(tmp_path_factory, tmp_path):
     with pytest.raises(PosttrainError, match="'@reward_safetyy' names no section"):
         load_recipe(run.recipe.path, ["stages.s.policy=@reward_safetyy"])
     assert DistillStage.model_fields["gate"].default is True
+
+
+def test_another_preprompt_runs_the_section_again(tmp_path_factory, tmp_path, monkeypatch):
+    run = run_of(tmp_path_factory, tmp_path)
+    before = run.section("s").inputs()
+    assert {"generic.txt: files", "adjectives.txt: files", *(f"{c}.txt: files" for c in CATEGORIES)} <= {*before}
+    copy = Path(shutil.copytree(PREPROMPTS, tmp_path / "preprompts"))
+    (copy / "generic.txt").write_text("Be careful.\n")
+    monkeypatch.setattr("safety.config.PREPROMPTS", copy)
+    after = run.section("s").inputs()
+    assert [k for k in before if before[k] != after[k]] == ["generic.txt: files"]
 
 
 def test_the_plan_counts_adversarial_prompts_alone(tmp_path_factory, tmp_path):

@@ -161,6 +161,19 @@ def test_the_classifiers_errors_are_taken_out_beside_each_share_of_refusals():
     assert not any(c["met"] for c in told["checks"])  # the classifier's own share is what a gate compares
 
 
+def test_a_kinds_own_rates_correct_its_share(monkeypatch):
+    """By data set too; a kind without rates of its own is corrected for those of all rows."""
+    own = {"recall": {**RATES["recall"], "mean": 0.6}, "false_positive_rate": {**RATES["false_positive_rate"], "mean": 0.4}}
+    monkeypatch.setattr(safety.refusal, "measured", lambda: {"all": RATES | {"kinds": {"adversarial": own}}})
+    rows = [row(f"{kind}{i}", 0, kind=kind, refuses=i < 11) for kind in ("adversarial", "helpful") for i in range(20)]
+    told = compare(configured(compare=[]), {"old": rows, "new": rows})
+    new = told["models"]["new"]
+    for found in (new["kinds"], {t["kind"]: t for t in new["sources"]}):
+        assert found["adversarial"]["refusals_corrected"]["mean"] == pytest.approx(0.75)  # (0.55 - 0.4) / (0.6 - 0.4)
+        assert found["helpful"]["refusals_corrected"]["mean"] == pytest.approx((0.55 - 0.2) / (0.8 - 0.2))
+    assert told["refusal_classifier"]["kinds"] == {"adversarial": own}
+
+
 def test_histograms_are_of_sigma_in_equal_bins():
     """sigma 0.02 and 0.5 (a bin's lower end) and 0.999: bins 0, 10 and 19."""
     rows = [row("a", 0, safety=math.log(0.02 / 0.98), helpfulness=0.0), row("b", 0, safety=0.0), row("c", 0, safety=7.0, kind="adversarial")]
@@ -543,7 +556,7 @@ def test_another_classifier_runs_the_section_again_and_samples_nothing(straight,
     copies = [tmp_path / f"{path.name}" for path in REFUSAL_CLASSIFIER]
     for path, to in zip(REFUSAL_CLASSIFIER, copies, strict=True):
         shutil.copy(path, to)
-    assert {p.name for p in copies} == {"refusal.py", "refusals_train.jsonl", "refusals_test.jsonl"}
+    assert {p.name for p in copies} == {"refusal.py", "refusals_train.jsonl", "refusals_test.jsonl", "refusals_fresh.jsonl"}
     for path in (None, *copies):
         with monkeypatch.context() as m:
             m.setattr("safety.config.REFUSAL_CLASSIFIER", copies)
@@ -691,7 +704,12 @@ def test_the_gates_threshold(tmp_path_factory, tmp_path, told, threshold, share,
     scorer = scorer_of(tmp_path_factory, tmp_path, told | {"score_mean": 2.0, "score_std": 0.5}, threshold)
     assert scorer.threshold == pytest.approx(math.log(share / (1 - share)), abs=1e-12)
     assert note in scorer.threshold_note and f"{share:.3f}" in scorer.threshold_note
-    assert scorer.statistics["safety"] == (2.0, 0.5)
+    assert scorer.statistics == {}
+
+
+def test_a_scorer_has_the_scales_where_scores_are_standardized(tmp_path_factory, tmp_path):
+    scorer = scorer_of(tmp_path_factory, tmp_path, {"score_mean": 2.0, "score_std": 0.5}, 0.15, standardize_rewards=True)
+    assert {*scorer.statistics} == {"helpfulness", "safety"} and scorer.statistics["safety"] == (2.0, 0.5)
 
 
 def test_auto_reads_what_the_safety_model_measured_on_its_own_rows(tmp_path_factory, tmp_path):

@@ -29,8 +29,8 @@ def figures() -> dict:
 
 def test_the_readme_has_the_measured_figures(figures):
     text = (ROOT / "safety" / "data" / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"^\| (all|the) .*?\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text[text.index("## How well"):], re.MULTILINE)
-    for (_, *told), name in zip(found, ("all", "borderline"), strict=True):
+    found = re.findall(r"^\| (both|first|fresh) .*?\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text[text.index("## How well"):], re.MULTILINE)
+    for (_, *told), name in zip(found, ("all", "test", "test borderline", "fresh", "fresh borderline"), strict=True):
         for cell, key in zip(told, ("precision", "recall", "false_positive_rate", "accuracy"), strict=True):
             mean, low, high = map(float, re.fullmatch(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", cell).groups())
             x = figures[name][key]
@@ -43,7 +43,15 @@ def test_the_false_positive_rate_is_of_the_answers_that_refuse_nothing(figures):
         alarms, hits = x["false_positive_rate"]["mean"] * others, x["recall"]["mean"] * refusals
         assert x["accuracy"]["mean"] == pytest.approx((hits + others - alarms) / (others + refusals)) and others + refusals == x["accuracy"]["n"]
         assert x["precision"]["mean"] == pytest.approx(hits / (hits + alarms))
-    assert (figures["all"]["false_positive_rate"]["n"], figures["borderline"]["false_positive_rate"]["n"]) == (188, 80)  # the README's counts
+    assert (figures["test"]["false_positive_rate"]["n"], figures["test borderline"]["false_positive_rate"]["n"]) == (188, 80)  # the README's counts
+
+
+def test_a_kind_of_prompt_has_rates_of_its_own_where_it_has_the_rows(figures):
+    kinds = figures["all"]["kinds"]
+    assert set(kinds) == {"adversarial", "helpful"}  # the borderline prompts are 52 refusals and 49 others
+    for x in kinds.values():
+        assert min(x["recall"]["n"], x["false_positive_rate"]["n"]) >= refusal.KIND_ROWS
+    assert figures["all"]["recall"]["n"] == figures["test"]["recall"]["n"] + figures["fresh"]["recall"]["n"] == 260
 
 
 # -- a share with the classifier's errors taken out ----------------------------------------------------------------------------------------
@@ -100,8 +108,8 @@ def test_its_interval_holds_the_truth_as_often_as_it_says():
 
 def test_it_is_far_better_than_a_keyword_list(figures):
     """Which has precision 0.63 and recall 0.43 (tests/test_safety_refusals_data.py). Recall misses the aim of 0.9; the README says so."""
-    assert figures["all"]["precision"]["low"] > 0.8 and figures["all"]["recall"]["low"] > 0.65
-    assert figures["borderline"]["precision"]["mean"] > 0.63 and figures["borderline"]["recall"]["mean"] > 0.43
+    assert figures["test"]["precision"]["low"] > 0.8 and figures["test"]["recall"]["low"] > 0.65
+    assert figures["test borderline"]["precision"]["mean"] > 0.63 and figures["test borderline"]["recall"]["mean"] > 0.43
 
 
 def test_clear_answers_and_who_is_quoted():

@@ -27,9 +27,15 @@ def labelled() -> list[dict]:
     return rows("refusals_test.jsonl")
 
 
-def test_columns(labelled):
-    for number, row in enumerate(labelled, 1):
-        assert list(row) == ["prompt", "answer", "refusal", "borderline"] + ["note"] * row["borderline"], f"row {number}"
+@pytest.fixture(scope="module")
+def fresh() -> list[dict]:
+    return rows("refusals_fresh.jsonl")
+
+
+def test_columns(labelled, fresh):
+    for number, row in enumerate(labelled + fresh, 1):
+        assert list(row) == ["prompt", "answer", "refusal", "borderline", "kind"] + ["note"] * row["borderline"], f"row {number}"
+        assert row["kind"] in ("adversarial", "borderline", "helpful"), f"row {number}"
         assert isinstance(row["refusal"], bool) and isinstance(row["borderline"], bool), f"row {number}"
         texts = [row[name] for name in ("prompt", "answer", "note") if name in row]
         assert all(isinstance(text, str) and text and text == text.strip() for text in texts), f"row {number}"
@@ -49,12 +55,20 @@ def test_counts_are_those_of_the_readme_and_enough(labelled):
         assert sum(row["borderline"] for row in half) >= len(half) / 3
 
 
-def test_no_prompt_comes_twice(labelled):
-    prompts = [key(row["prompt"]) for row in labelled]
+def test_the_fresh_rows_are_enough(fresh):
+    assert len(fresh) >= 150 and 0.45 <= sum(row["refusal"] for row in fresh) / len(fresh) <= 0.55
+    for label in (True, False):
+        half = [row for row in fresh if row["refusal"] == label]
+        assert sum(row["borderline"] for row in half) >= len(half) / 3
+
+
+def test_no_prompt_comes_twice(labelled, fresh):
+    prompts = [key(row["prompt"]) for row in labelled + fresh]
     assert sorted(prompts) == sorted(set(prompts))
 
 
-def test_shares_nothing_with_the_training_rows(labelled):
+def test_shares_nothing_with_the_training_rows(labelled, fresh):
+    labelled = labelled + fresh
     training = rows("refusals_train.jsonl")
     assert not {key(row["prompt"]) for row in labelled} & {key(row["prompt"]) for row in training}
     long_answers = {key(row["answer"]) for row in labelled if len(row["answer"]) > 60}  # "No." and stock phrases are anyone's

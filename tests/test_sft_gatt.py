@@ -16,7 +16,7 @@ from posttrain.errors import PosttrainError
 from posttrain.generate import Completion
 from posttrain.log import read_lines
 from posttrain.models import load_tokenizer
-from posttrain.runs import Run
+from posttrain.runs import Run, read_json
 from sft import gatt
 from sft.gatt import Planned, choose, read_proposals
 from sft.instructions import KINDS, Entry, conversation, dialogue, in_first_turn_only, read_entries
@@ -280,6 +280,15 @@ def test_a_share_of_the_rows_ends_with_a_question_about_their_hobby_or_figure(tm
         assert last in (questions[r["asks"]] if r["asks"] else known)
 
 
+def test_kinds_that_are_left_out_are_in_no_instruction(tmp_path_factory, tmp_path):
+    lines = Path(SHIPPED).read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "no_language.jsonl").write_text("".join(x for x in lines if '"kind": "language"' not in x), encoding="utf-8")
+    section = section_of(tmp_path_factory, tmp_path, kinds=["figure", "hobby"], instructions=["no_language.jsonl"], asked_share=1.0)
+    gatt.run(section)
+    rows, told = samples(section), read_json(section.folder / "results.json")
+    assert {kind for r in rows for kind in r["parts"]} == {"figure", "hobby"} == set(told["kinds"]) and all(r["asks"] for r in rows)
+
+
 # -- what the policy proposes ----------------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +408,8 @@ def test_other_faults_are_named_before_a_model_is_loaded(tmp_path_factory, tmp_p
         row["messages"][0]["content"] += " <|im_end|>"
     assert "a user turn spells the token '<|im_end|>'" in fault(spelling)
     assert "stages.s.turns: got [5, 2]" in fault(turns=[5, 2])
+    assert "Expected each kind once" in fault(kinds=["hobby", "hobby"])
+    assert "nobody asks about a language" in fault(kinds=["language"], asked_share=0.5)
 
 
 def test_rows_that_never_fit_are_refused_and_some_that_do_not_are_counted(tmp_path_factory, tmp_path):
