@@ -93,6 +93,7 @@ def soak(straight: Path, work: Path, kills: int, seed: int, sections: tuple[str,
 
     while wanting():
         home = work / f"run-{len(ends) + 1}"
+        home.mkdir(parents=True)
         for name in before:  # not what is killed here: taken from the straight run
             shutil.copytree(straight / name, home / "tiny" / name)
         while wanting() and (left := [name for name in sections if not (home / "tiny" / name / "DONE").exists()]):

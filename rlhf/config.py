@@ -94,6 +94,14 @@ class PPOStage(SamplingConfig):
             raise PydanticCustomError("engine", "Ppo with engine: vllm (TRL samples for the others)")
         return algorithm
 
+    @field_validator("samples_per_prompt")
+    @classmethod
+    def _groups_fit(cls, samples: int, info: ValidationInfo) -> int:
+        batch, mini = (info.data.get(key, samples) for key in ("batch_size", "mini_batch_size"))
+        if batch % samples or mini % samples:
+            raise PydanticCustomError("samples_per_prompt", "A divisor of batch_size {batch} and mini_batch_size {mini}", {"batch": batch, "mini": mini})
+        return samples
+
     def idle(self) -> dict:
         return super().idle() | {"algorithm": "ppo", "pairs": [], "kl_estimator": "k1", "passes": 1, "score_clip": None, "entropy": False}
 

@@ -141,9 +141,6 @@ def split_prompts(section: Section, roles: Roles) -> tuple[list[Encoded], list[E
     keys = {prompt_key(e.prompt) for e in encoded[:n]}
     train = [e for e in encoded[n:] if prompt_key(e.prompt) not in keys]
     need = config.batch_size // config.samples_per_prompt
-    if config.batch_size % config.samples_per_prompt or config.mini_batch_size % config.samples_per_prompt:
-        raise PosttrainError(f"{section.place}.samples_per_prompt", f"{config.samples_per_prompt} does not divide batch_size {config.batch_size} "
-                             f"and mini_batch_size {config.mini_batch_size}", "a divisor of both", "Change one of the three.")
     if not train or n < 2:
         raise PosttrainError(f"{section.place}.prompts", f"{len(encoded)} prompts", "at least 4, better several hundred", "Add prompts.")
     if len(train) < need:
@@ -401,8 +398,12 @@ def critic_pass(section: Section, roles: Roles, optimizer, one) -> None:
 def evaluate(section: Section, roles: Roles, scorer: Scorer, watched: list[Encoded]) -> list[dict]:
     """The policy on the watched prompts, with the same seeds every time: one row per answer, with its sequence KL to the reference."""
     c = section.config
-    scored = sample_and_score(roles, "policy", scorer, watched, c.eval_samples, Sampling(c.max_new_tokens, c.temperature),
-                              derive_seed(section.seed, "watched"), rows_at_once(section, roles, watched))
+
+    def work() -> Scored:
+        return sample_and_score(roles, "policy", scorer, watched, c.eval_samples, Sampling(c.max_new_tokens, c.temperature),
+                                derive_seed(section.seed, "watched"), rows_at_once(section, roles, watched))
+
+    scored = with_fewer_rows(section, work) if distributed.world() == 1 else work()
     kl = sequence_kl(roles, "policy", "reference", scored, budget_of(section, roles, roles["policy"]), c.temperature)
     merged, groups = scored.merged.flatten().tolist(), [prompt_key(p.prompt) for p in watched for _ in range(c.eval_samples)]
     return [{"merged": m, "kl": k, "prompt": g} for m, k, g in zip(merged, kl, groups, strict=True)]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain.config import AnsweringConfig, ComparisonConfig, DataNames, ModelRef, TrainingConfig
@@ -56,11 +56,12 @@ class GattStage(AnsweringConfig):
             raise PydanticCustomError("kinds", "Each kind once")
         return kinds
 
-    @model_validator(mode="after")
-    def _can_ask(self) -> "GattStage":
-        if self.asked_share and self.kinds == ["language"]:
-            raise PydanticCustomError("asked_share", "asked_share: 0, since nobody asks about a language; or hobby or figure among kinds")
-        return self
+    @field_validator("asked_share")
+    @classmethod
+    def _can_ask(cls, share: float, info: ValidationInfo) -> float:
+        if share and info.data.get("kinds") == ["language"]:
+            raise PydanticCustomError("asked_share", "0, since nobody asks about a language; or hobby or figure among kinds")
+        return share
 
     @field_validator("turns")
     @classmethod

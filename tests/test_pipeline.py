@@ -101,6 +101,16 @@ def test_five_kills_of_sampling_and_ppo_change_nothing(straight, tmp_path):
     assert told["runs"] and not any(run["different"] for run in told["runs"])
 
 
+def test_a_soak_of_the_first_sections_starts_in_an_empty_folder(straight, tmp_path, monkeypatch):
+    def seen(home, target, seconds):
+        assert home.is_dir() and not list(home.iterdir())
+        raise StopIteration(target)
+
+    monkeypatch.setattr("bench.soak.kill", seen)
+    with pytest.raises(StopIteration, match="sft|reward_helpfulness"):
+        soak(straight[0], tmp_path, kills=1, seed=1, sections=("sft", "reward_helpfulness"))
+
+
 def test_a_stage_alone_asks_for_its_parents(tmp_path):
     out = posttrain(TINY, "reward_safety", f"run.dir={tmp_path}", module="reward")
     assert out.returncode == 1

@@ -124,13 +124,12 @@ def test_killed_and_started_again_it_goes_on(tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize("changed, match", [
-    ({"algorithm": "grpo", "samples_per_prompt": 1}, "at least 2"), ({"algorithm": "rloo", "mini_batch_size": 3}, "does not divide batch_size 8"),
+    ({"algorithm": "grpo", "samples_per_prompt": 1}, "at least 2"), ({"algorithm": "rloo", "mini_batch_size": 3}, "divisor of batch_size 8"),
     ({"algorithm": "dpo"}, "a data set of pairs for dpo"), ({"algorithm": "grpo", "pairs": "helpful"}, "helpful with grpo")])
 def test_settings_that_do_not_fit_are_told_before_a_model_is_loaded(tmp_path_factory, monkeypatch, changed, match):
     monkeypatch.setattr(ppo, "roles_for", None)
-    section = section_of(tmp_path_factory, STAGE | changed)
     with pytest.raises(PosttrainError, match=match):
-        ppo.run(section)
+        ppo.run(section_of(tmp_path_factory, STAGE | changed))
 
 
 def test_prompts_where_pairs_should_be(tmp_path_factory):

@@ -484,14 +484,17 @@ def test_no_prompt_is_both_watched_and_trained_on(engine):
     assert not {prompt_key(e.prompt) for e in train} & {prompt_key(e.prompt) for e in looked}
 
 
-@pytest.mark.parametrize("changed, match", [
-    ({"samples_per_prompt": 3}, r"samples_per_prompt: 3 does not divide batch_size 16 and mini_batch_size 8"),
-    ({"samples_per_prompt": 16}, "does not divide"), ({"max_prompt_tokens": 3}, "no prompt is left")])
-def test_settings_that_do_not_fit_are_told(engine, changed, match):
-    section = SimpleNamespace(config=engine.section.config.model_copy(update=changed), seed=0, log=engine.section.log,
+def test_no_prompt_of_a_fitting_length_is_told(engine):
+    section = SimpleNamespace(config=engine.section.config.model_copy(update={"max_prompt_tokens": 3}), seed=0, log=engine.section.log,
                               place="r.yaml: stages.ppo", run=engine.section.run)
-    with pytest.raises(PosttrainError, match=match):
+    with pytest.raises(PosttrainError, match="no prompt is left"):
         ppo.split_prompts(section, engine.roles)
+
+
+@pytest.mark.parametrize("samples", [3, 16])
+def test_samples_of_a_prompt_stay_in_one_mini_batch_or_the_recipe_is_refused(tmp_path_factory, tmp_path, samples):
+    with pytest.raises(PosttrainError, match=rf"stages\.ppo\.samples_per_prompt: got {samples}. Expected a divisor of batch_size 16 and mini_batch_size 8"):
+        make_run(tmp_path_factory, tmp_path, {"ppo": STAGE | {"samples_per_prompt": samples}})
 
 
 def test_the_announced_steps_are_those_that_are_made(engine):
