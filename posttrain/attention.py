@@ -2,13 +2,13 @@
 
 torch's CPU flash kernel is built for long sequences: at 64 to 2,048 bf16 tokens its backward pass costs more than the matrix products
 it saves. Here the scores are made outright, block of rows by block of rows, so that what the causal mask hides is hardly ever computed:
-float32 scores and softmax, probabilities in the input's dtype, the query heads of one key/value head side by side in one product (so
-grouped keys are never repeated). In a tree, a later answer's rows meet the prompt's keys and their own, never the other answers'. The
-backward pass is written out: autograd's slices would fill and add whole tensors for every block. A decoding step does the same for
-one row. Longer sequences and other dtypes go to transformers' sdpa function as they are.
+scores and probabilities in the input's dtype, the softmax float32 inside (measured: log-probabilities no further from float32 than with
+torch's kernel), the query heads of one key/value head side by side in one product (so grouped keys are never repeated). In a tree, a
+later answer's rows meet the prompt's keys and their own, never the other answers'. The backward pass is written out: autograd's slices
+would fill and add whole tensors for every block. A decoding step does the same for one row. Longer sequences and other dtypes go to
+transformers' sdpa function as they are.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -89,18 +89,15 @@ class _Attention(torch.autograd.Function):
         g, m = key.shape[1], h // key.shape[1]
         q = query.view(b, g, m, t, d).transpose(2, 3).reshape(b * g, t * m, d)
         k, v = key.reshape(b * g, t, d), value.reshape(b * g, t, d)
-        exact = 2.0 ** math.floor(math.log2(scaling))  # what of the scaling changes no bit of q
-        q_scaled, k_float, out, kept = q.float().mul_(exact), k.float(), torch.zeros_like(q), []
+        q_scaled, out, kept = q * scaling, torch.zeros_like(q), []
         for block in blocks:
             rows, size = slice(block.start * m, block.end * m), block.end - block.start
-            scores = _float_product(q_scaled[block.at, rows], block.keys(k_float).transpose(1, 2))
-            if scaling != exact:
-                scores.mul_(scaling / exact)
+            scores = q_scaled[block.at, rows] @ block.keys(k).transpose(1, 2)
             if block.causal:
-                scores.view(len(scores), size, m, -1)[..., -size:].add_(_later(size))
+                scores.view(len(scores), size, m, -1)[..., -size:].add_(_later(size, scores.dtype))
             else:
                 scores.view(b, g, t, m, t).masked_fill_(~mask[:, :, :, None], float("-inf"))
-            kept.append(torch.softmax(scores, dim=-1).to(v.dtype))
+            kept.append(torch.softmax(scores, dim=-1))
             out[block.at, rows] = kept[-1] @ block.keys(v)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.blocks, ctx.scaling, ctx.shape = blocks, scaling, (b, g, m, t, d)
@@ -123,20 +120,10 @@ class _Attention(torch.autograd.Function):
         return *(x.transpose(1, 2) for x in (dq, dk, dv)), None, None, None
 
 
-def _float_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, of values that bfloat16 holds exactly: its fast product gives the same sums, with no rounding at the end."""
-    switch = torch.backends.mkldnn.matmul
-    before, switch.fp32_precision = switch.fp32_precision, "bf16"
-    try:
-        return torch.bmm(a, b)
-    finally:
-        switch.fp32_precision = before
-
-
 @lru_cache(maxsize=BLOCK)
-def _later(rows: int) -> Tensor:
+def _later(rows: int, dtype: torch.dtype) -> Tensor:
     """-inf at the keys that come after a row: (rows, 1, rows)."""
-    return torch.full((rows, rows), float("-inf")).triu_(1)[:, None]
+    return torch.full((rows, rows), float("-inf"), dtype=dtype).triu_(1)[:, None]
 
 
 def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
