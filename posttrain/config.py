@@ -62,6 +62,7 @@ class ModelConfig(Strict):
     chat_template: str | None = None
     add_tokens: bool = False
     licence: str | None = None
+    sharding: Literal["none", "full"] = Field("none", description="full: trained models are cut over the processes (FSDP2); no part of any result")
 
 
 class Expected(Strict):

@@ -5,6 +5,7 @@ gloo on CPUs). Models stay unwrapped, without DistributedDataParallel: losses ar
 gradient of a step is the plain sum of the processes' gradients, which `add_gradients` takes in flat buffers just before the clip. Every process then
 makes the same step from the same numbers, and `agree` checks it. All processes read one run folder; the main one alone writes.
 Work in chunks on disk is shared otherwise: `turns` hands whole chunks to whoever is free, and each is made `alone`.
+Where models are cut over the processes (posttrain/sharding.py), the backward pass sums their gradients, and `add_gradients` the rest.
 Light: imports torch and accelerate only where there is more than one process.
 """
 
@@ -19,6 +20,7 @@ from posttrain.errors import PosttrainError
 FLAT = 1 << 26  # numbers in a buffer of gradients
 PATIENCE = timedelta(hours=2)  # what one process waits for another
 _alone = False
+_launcher_shards = False  # accelerate was told to use FSDP2; `join` keeps it from accelerate's own wrapping
 
 
 def _from_launcher(key: str, default: int) -> int:
@@ -60,20 +62,46 @@ def leads() -> bool:
 
 
 def check_launcher() -> None:
-    """Raises PosttrainError where a launcher was asked for what does not happen: several processes of which one came, or sharded models."""
+    """Raises PosttrainError where a launcher was asked for what does not happen: several processes of which one came, or another engine's cut models."""
     asked = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in ("CPU", "FSDP", "DEEPSPEED")}
-    if sharding := next((name for name in ("FSDP", "DEEPSPEED") if asked[name]), None):
-        raise PosttrainError("accelerate launch", f"{'FSDP' if sharding == 'FSDP' else 'DeepSpeed'} is asked for, and models are not sharded here",
-                             "every process with the whole base (docs/scaling.md)", "Use recipes/accelerate/ddp.yaml, and LoRA or a smaller base if "
-                             "one card cannot hold it.")
+    if asked["DEEPSPEED"]:
+        raise PosttrainError("accelerate launch", "DeepSpeed is asked for, and it does not run here", "FSDP2, or every process with the whole base",
+                             "Use recipes/accelerate/fsdp2.yaml to cut models over GPUs, or recipes/accelerate/ddp.yaml (docs/scaling.md).")
+    if asked["FSDP"] and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise PosttrainError("accelerate launch", f"FSDP is asked for in version {version}", "version 2 (fsdp_version: 2)",
+                             "Use recipes/accelerate/fsdp2.yaml (docs/scaling.md).")
     if asked["CPU"] and "MASTER_ADDR" in os.environ and "LOCAL_RANK" not in os.environ:
         raise PosttrainError("accelerate launch --cpu", "several processes are asked for, and it has started one", "as many as are asked for",
                              "Use torchrun: `torchrun --nproc-per-node 2 -m posttrain run RECIPE`.")
 
 
+def shards(model) -> bool:
+    """Whether models are to be cut over the processes: the recipe (model: its ModelConfig) or the launcher says so."""
+    return model.sharding == "full" or _launcher_shards
+
+
+def check_sharding(model, kind: str, able: bool, place: str) -> None:
+    """Raises PosttrainError where a section of this kind, able to cut its models or not, cannot do what `shards` asks for. Before anything loads."""
+    if not shards(model):
+        return
+    where = f"{place}: model.sharding"
+    if not able and (kind == "ppo" or _launcher_shards):
+        raise PosttrainError(where, f"models cut over processes are asked for, and a section of kind {kind} holds them whole", "sft or reward",
+                             "Run this section without them: model.sharding=none, and recipes/accelerate/ddp.yaml or torchrun.")
+    if able and model.quantization != "none":
+        raise PosttrainError(where, f"'full' with quantization: {model.quantization}", "an unquantized base to cut",
+                             "Set model.quantization: none, or model.sharding: none: each process then holds the whole quantized base.")
+    if able and world() == 1:
+        raise PosttrainError(where, "'full' in one process", "several processes to cut the model over",
+                             "Start it with `torchrun --nproc-per-node N -m posttrain run RECIPE`, or set model.sharding: none.")
+
+
 def join() -> None:
     """Meet the other processes; each takes its own GPU. Nothing in one process."""
+    global _launcher_shards
     check_launcher()
+    if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):  # else accelerate and transformers would wrap the models their way
+        _launcher_shards = True
     if world() > 1:
         import torch
         from accelerate import PartialState
@@ -190,9 +218,16 @@ def add(*tensors) -> None:
                 torch.distributed.all_reduce(x)
 
 
+def _replicated(parameters: list) -> list:
+    """Those that every process holds whole."""
+    return [p for p in parameters if not hasattr(p, "full_tensor")]  # a DTensor's
+
+
 def add_gradients(parameters: list) -> None:
-    """Each parameter's gradient becomes the sum over all processes; one that has none anywhere keeps none."""
-    if world() == 1:
+    """Each parameter's gradient becomes the sum over all processes; one that has none anywhere keeps none. Those of parameters that are cut over the
+    processes are sums already."""
+    parameters = _replicated(parameters)
+    if world() == 1 or not parameters:
         return
     import torch
 
@@ -212,7 +247,7 @@ def add_gradients(parameters: list) -> None:
 
 
 def agree(parameters: list, place: str) -> None:
-    """Every process holds the same bits; where they drifted apart, PPO would go on with several policies at once."""
+    """Every process holds the same bits of what is not cut over them; where they drifted apart, PPO would go on with several policies at once."""
     if world() == 1:
         return
     import hashlib
@@ -220,7 +255,7 @@ def agree(parameters: list, place: str) -> None:
     import torch
 
     mine = hashlib.sha256()
-    for p in parameters:
+    for p in _replicated(parameters):
         mine.update(p.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
     if len(set(gather(mine.hexdigest()))) > 1:
         raise PosttrainError(place, "the processes hold different weights", "the same bits in all of them",

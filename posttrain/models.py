@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from posttrain import adapted, attention, builtin, chat, decoder, distributed
+from posttrain import adapted, attention, builtin, chat, decoder, distributed, sharding
 from posttrain.config import LoraSettings, ModelConfig
 from posttrain.doctor import bf16_flags
 from posttrain.errors import PosttrainError
 from posttrain.packing import MicroBatch
+from posttrain.stages import STAGES
 from posttrain.tensors import token_logprobs
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -104,8 +105,9 @@ def _from_hub(load, config: ModelConfig, place: str):
                              "a local folder, a built-in name or a reachable hub name", "Check the name, the revision and the network.") from None
 
 
-def load_network(name: str, config: ModelConfig, dtype: torch.dtype, place: str, classification: bool = False) -> nn.Module:
-    """A causal language model (or a sequence classifier with one label) in eval mode, frozen. safetensors only, no remote code."""
+def load_network(name: str, config: ModelConfig, dtype: torch.dtype, place: str, classification: bool = False, sharded: bool = False) -> nn.Module:
+    """A causal language model (or a sequence classifier with one label) in eval mode, frozen. safetensors only, no remote code. sharded: it stays on
+    the CPU, from where its slices are taken."""
     import transformers
 
     cls = transformers.AutoModelForSequenceClassification if classification else transformers.AutoModelForCausalLM
@@ -117,7 +119,7 @@ def load_network(name: str, config: ModelConfig, dtype: torch.dtype, place: str,
     net = _from_hub(lambda: cls.from_pretrained(
         name, revision=None if local else config.revision, dtype=dtype, trust_remote_code=False, use_safetensors=True,
         attn_implementation=attention.register() if device().type == "cpu" else "sdpa", **extra), config, place)
-    if config.quantization == "none":
+    if config.quantization == "none" and not sharded:
         net.to(device())
     for module in net.modules():
         if type(module).__name__ == "Linear4bit":
@@ -187,9 +189,10 @@ class Role:
         return getattr(self.net, self.net.base_model_prefix)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Trainable ones, in a fixed order."""
+        """Trainable ones, in a fixed order; of a net that is cut over processes, the slices."""
         if not self.trainable:
             return []
+        sharding.rest(self.net)
         mine = [p for n, p in self.net.named_parameters() if p.requires_grad and ".heads." not in f".{n}" and (
             self.adapter is None or f".{self.adapter}." in n)]
         return mine + (list(self.head.parameters()) if self.head is not None else [])
@@ -208,6 +211,7 @@ class Roles:
     pointer: list = field(default_factory=lambda: [None])
     packed_head: tuple | None = None  # (vocabulary head, its product for decoding)
     merged: tuple | None = None  # (which role with which weights, its merged copy for decoding)
+    sharded: bool = False  # whether models are cut over the processes (posttrain/sharding.py)
     engine: object = None  # what samples in the place of generate.py's loop (vllm_engine.VLLM)
 
     def __post_init__(self):
@@ -245,17 +249,23 @@ class Roles:
             role = self._full_role(name, source, trainable, head)
         if head:
             self._head(role, source, head, seed)
+        if self.sharded:
+            if not sharding.is_sharded(role.net):
+                sharding.shard(role.net, role.head, self.device)
+            sharding.check(role.net, self.place)
         self.roles[name] = role
         return role
 
     def _base(self) -> nn.Module:
         if self.base is None:
             path = resolve(self.config.name_or_path, f"{self.place}: model.name_or_path")
-            self.base = load_network(path, self.config, self.dtype, self.place)
+            self.base = load_network(path, self.config, self.dtype, self.place, sharded=self.sharded)
             self._grow(self.base, fresh=True)
             self.base.heads = nn.ModuleDict()
             if self.added:
                 self._add_rows(self.base)
+            if self.sharded:
+                sharding.shard(self.base, None, self.device)
         return self.base
 
     def _grow(self, net: nn.Module, fresh: bool) -> None:
@@ -308,7 +318,9 @@ class Roles:
             lora, tensors = mine, load_file(source / "adapter_model.safetensors")
         self._inject(name, lora)
         if self.added:
-            net.token_rows[name] = nn.ParameterDict({k: net.get_submodule(m).weight.data[self.added].float() for k, m in self._tables(head).items()})
+            sharding.rest(net)
+            net.token_rows[name] = nn.ParameterDict({k: sharding.whole(net.get_submodule(m).weight.data)[self.added].float()
+                                                     for k, m in self._tables(head).items()})
         self._fill(name, tensors, source)
         for p in self._slots(name).values():
             p.requires_grad_(trainable)
@@ -373,7 +385,7 @@ class Roles:
             raise PosttrainError(f"{self.place}: model.quantization", f"'{self.config.quantization}' with full fine-tuning", "adapters",
                                  "Add model.lora, or set quantization: none.")
         path = str(source) if source else resolve(self.config.name_or_path, f"{self.place}: model.name_or_path")
-        net = load_network(path, self.config, self.dtype, self.place, classification=head == "saved")
+        net = load_network(path, self.config, self.dtype, self.place, classification=head == "saved", sharded=self.sharded)
         if head != "saved":
             self._grow(net, fresh=source is None)
         net.heads = nn.ModuleDict()
@@ -429,8 +441,8 @@ class Roles:
         extra = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
         if batch.tree_spans is not None and role.net.config._attn_implementation == attention.NAME:
             extra["tree_spans"] = batch.tree_spans  # what the mask says, for our attention on a CPU
-        out = role.body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra)
-        return out.last_hidden_state.flatten(0, 1)
+        return sharding.computed(role.net, lambda: role.body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+                                                             **extra).last_hidden_state).flatten(0, 1)
 
     def logprobs(self, name: str, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
         """Log-probabilities (N,) of the micro-batch's targets under a role, in nats."""
@@ -465,7 +477,8 @@ class Roles:
         return self.scalars_at(name, self.hidden(name, batch), batch.last)
 
     def scalars_at(self, name: str, hidden: Tensor, where: Tensor) -> Tensor:
-        return self.roles[name].head(hidden[where].float()).squeeze(-1)
+        head = self.roles[name].head
+        return sharding.computed(head, lambda: head(hidden[where].float()).squeeze(-1))
 
     # -- saving --------------------------------------------------------------------------------------------------------------
 
@@ -484,6 +497,8 @@ class Roles:
             config.save_pretrained(folder)
         else:
             self._save_full(role, folder)
+        if self.sharded and not distributed.is_main():
+            return
         self.tokenizer.save_pretrained(folder)
 
     def _save_full(self, role: Role, folder: Path) -> None:
@@ -492,12 +507,16 @@ class Roles:
         net, heads = role.net, role.net.heads
         del net.heads  # not part of transformers' layout
         try:
+            state = sharding.whole_state(net if role.head is None else role.body) if self.sharded else None
+            score = None if role.head is None else sharding.whole(role.head.weight.detach())
+            if self.sharded and not distributed.is_main():
+                return
             if role.head is None:
-                net.save_pretrained(folder)
+                net.save_pretrained(folder, state_dict=state)
                 return
             prefix = net.base_model_prefix
-            state = {f"{prefix}.{k}": v.detach().cpu().contiguous() for k, v in role.body.state_dict().items()}
-            state["score.weight"] = role.head.weight.detach().cpu().contiguous()  # float32: a resumed run goes on with every bit
+            state = {f"{prefix}.{k}": v.detach().cpu().contiguous() for k, v in (state or role.body.state_dict()).items()}
+            state["score.weight"] = score.cpu().contiguous()  # float32: a resumed run goes on with every bit
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
             config = type(net.config).from_dict(net.config.to_dict())
             config.num_labels, config.pad_token_id = 1, self.tokenizer.pad_token_id
@@ -531,7 +550,7 @@ def roles_for(section) -> Roles:
     dtype = section.decide("dtype", lambda: choose_dtype(config, full=True))
     section.decide("threads", lambda: set_threads(section.recipe.run.threads))
     set_threads(section.manifest["decisions"]["threads"])
-    roles = Roles(config, getattr(torch, dtype), section.recipe.path)
+    roles = Roles(config, getattr(torch, dtype), section.recipe.path, sharded=distributed.shards(config) and STAGES[section.kind].sharded)
     if getattr(section.config, "engine", "ours") == "vllm":
         from posttrain import vllm_engine
 

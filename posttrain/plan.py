@@ -20,6 +20,7 @@ from posttrain import config as cfg
 from posttrain.errors import PosttrainError
 from posttrain.formats import FORMATS
 from posttrain.shape import read_shape
+from posttrain.stages import STAGES
 
 TOKENS_PER_WORD, TEMPLATE_TOKENS, OPENING_TOKENS = 1.35, 32, 35  # of a red team's opening, without the request
 PAPER_BATCH = {"sft": 64, "reward": 512}
@@ -274,25 +275,37 @@ class Planner:
                         "optimizer": 2 * weights * learns})  # Adam's two moments
         return out
 
-    def held(self, roles: list[dict], activations: float = 0.0, kv_tokens: int = 0, decoding: float = 0.0) -> dict:
+    def cut(self, kind: str) -> int:
+        """Over how many cards a section of this kind cuts what it trains (posttrain/sharding.py)."""
+        return self.card.count if self.card and self.model.sharding == "full" and STAGES[kind].sharded else 1
+
+    def gathered(self) -> float:
+        """Bytes that a card holds whole of a model that is cut: embeddings and vocabulary head, a layer and the one fetched ahead, and in full training
+        the gradients of the first and of a layer, until they are summed."""
+        table, layer = self.shape.embeddings, (self.shape.body + self.shape.small) / self.shape.layers
+        return self.width * (table + 2 * layer + (0 if self.lora else table + layer))
+
+    def held(self, roles: list[dict], activations: float = 0.0, kv_tokens: int = 0, decoding: float = 0.0, cut: int = 1) -> dict:
         """Bytes by use, of one card. total: the peak. Decoding, scoring and training take turns, so the largest of them counts.
 
         decoder: the merged copy that adapters on an unquantized base decode from (posttrain.decoder). The optimizer's step holds one
-        more copy of what is trained, after the activations are gone. Of several cards each holds everything (docs/scaling.md)."""
-        shape = self.shape
-        weights, gradients, optimizer = (sum(r[k] for r in roles) for k in ("weights", "gradients", "optimizer"))
-        out = {"base": shape.weights(self.model.quantization, self.width) if self.lora else 0.0, "roles": weights, "optimizer": optimizer,
+        more copy of what is trained, after the activations are gone. cut: cards over which the base is cut, or in full training all of these; of more
+        cards each holds everything (docs/scaling.md)."""
+        shape, share = self.shape, 1 if self.lora else cut  # adapters are not cut
+        weights, gradients, optimizer = (sum(r[k] for r in roles) / share for k in ("weights", "gradients", "optimizer"))
+        out = {"base": shape.weights(self.model.quantization, self.width) / cut if self.lora else 0.0, "roles": weights, "optimizer": optimizer,
                "decoder": shape.body * self.width if kv_tokens and self.lora and self.model.quantization == "none" else 0,
-               "gradients": gradients, "activations": activations, "kv_cache": kv_tokens * shape.kv(self.way().width), "decoding": decoding}
+               "gathered": self.gathered() if cut > 1 else 0.0, "gradients": gradients, "activations": activations,
+               "kv_cache": kv_tokens * shape.kv(self.way().width), "decoding": decoding}
         turns = (out["kv_cache"] + decoding, gradients + max(out["activations"], gradients))
-        return out | {"total": sum(out[k] for k in ("base", "roles", "optimizer", "decoder")) + max(turns)}
+        return out | {"total": sum(out[k] for k in ("base", "roles", "optimizer", "decoder", "gathered")) + max(turns)}
 
-    def micro_batch(self, config, way: memory.Way, roles: list[dict], longest: float) -> tuple[int, int]:
+    def micro_batch(self, config, way: memory.Way, roles: list[dict], longest: float, cut: int = 1) -> tuple[int, int]:
         """(tokens of a micro-batch as chosen, tokens of the largest that comes). A longer row goes alone."""
         asked = config.micro_batch_tokens if hasattr(config, "micro_batch_tokens") else None
         if asked is None and self.card:
-            held = self.held(roles)
-            free = self.card.gigabytes * 1e9 - RESERVE - held["base"] - held["roles"] - held["optimizer"] - held["gradients"]
+            held = self.held(roles, cut=cut)
+            free = self.card.gigabytes * 1e9 - RESERVE - sum(held[k] for k in ("base", "roles", "optimizer", "gradients", "gathered"))
             asked = memory.micro_batch(self.shape, way, max(free, 0) * GROUPED)
         asked = asked or round(longest)
         return asked, max(asked, round(longest))
@@ -319,7 +332,7 @@ class Planner:
         whose = f"lowered from {paper} for {FEWEST_STEPS} steps" if not config.batch_size and batch < paper else whose
         way, roles, pairs = self.way(trainer=True), self.roles([], ["policy" if kind == "sft" else "reward"]), 1 + (kind == "reward")
         longest = pairs * min(config.max_length, math.ceil(min(count.longest, 1e9)))  # of a pair both answers, each with the prompt, go together
-        micro, largest = self.micro_batch(config, way, roles, longest)
+        micro, largest = self.micro_batch(config, way, roles, longest, self.cut(kind))
         label = count.rows_are if units is None else weakest(count.rows_are, count.tokens_are, "estimated")
         few = f"{steps} steps are fewer than five times the {warmup} warm-up steps: use more data or epochs, or warmup_ratio: 0"
         tokens, length = count.rows * count.tokens * passes, count.tokens / pairs
@@ -330,7 +343,7 @@ class Planner:
                 "arithmetic": f"{n:,} {unit} x {config.epochs:g} epoch{'s' * (config.epochs != 1)} / {batch} a step ({whose})"
                               + (f", at most {config.max_steps} steps" if config.max_steps else ""),
                 "warnings": [few] * (steps < 5 * warmup),
-                "memory": self.held(roles, peak),
+                "memory": self.held(roles, peak, cut=self.cut(kind)), "cut": self.cut(kind),
                 "labels": {"rows": count.rows_are, "tokens_per_row": count.tokens_are, "batch": label, "steps": label, "warmup": label,
                            "tokens": weakest(count.rows_are, count.tokens_are)}}
 
@@ -566,10 +579,10 @@ def plan(recipe: cfg.Recipe, gpu: str | float | None = None, sections: list[str]
     """One dict a section, parents first; with `sections`, only those.
 
     Keys: section, kind, parameters, lora_parameters, roles (parameters, and bytes of weights, gradients and optimizer, of each), and where they
-    apply rows, tokens_per_row, batch, steps, warmup, samples, side_by_side, micro_batch, tokens (through the model, each forward pass once), flop,
-    memory (bytes: base, roles, optimizer, decoder, gradients, activations, kv_cache, decoding, and their peak as total), note, arithmetic, warnings;
-    labels says of each number whether it is counted, declared or estimated. gpu: what to compare with (cards.parse), None: the GPU present; adds
-    gpu, fits, headroom (bytes) and seconds (least, most).
+    apply rows, tokens_per_row, batch, steps, warmup, samples, side_by_side, micro_batch, tokens (through the model, each forward pass once), flop, cut
+    (cards over which its models are cut), memory (bytes of one card: base, roles, optimizer, decoder, gathered, gradients, activations, kv_cache,
+    decoding, and their peak as total), note, arithmetic, warnings; labels says of each number whether it is counted, declared or estimated. gpu: what
+    to compare with (cards.parse), None: the GPU present; adds gpu, fits, headroom (bytes) and seconds (least, most).
     """
     from posttrain import plan_cures
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 from posttrain import cards, plan
+from posttrain.stages import STAGES
 
 LORA = {"r": 16, "alpha": 32}
 
@@ -17,8 +18,15 @@ def too_big(planner, row: dict, card: cards.Card) -> str:
             f"({lacks / 1e9:.1f} GB too much; most is {largest.replace('_', ' ')}): ")
     found = cure(planner, row["section"])
     return said + (f"it fits with {' '.join(f'{k}={_text(v)}' for k, v in found.items())}" if found else
-                   "no key of this section makes it fit: take a smaller model or a larger card"
-                   + (", or several, such as --gpu 8x80GB" if not planner.lora and card.count == 1 else ""))
+                   "no key of this section makes it fit: take a smaller model or a larger card" + _several(planner, row["kind"]))
+
+
+def _several(planner, kind: str) -> str:
+    """Several cards help where the models can be cut over them."""
+    model = planner.model
+    if planner.card.count > 1 or not STAGES[kind].sharded or model.quantization != "none":
+        return ""
+    return ", or several" + (" with model.sharding=full" if model.sharding == "none" else "") + ", such as --gpu 8x80GB"
 
 
 def _text(value) -> str:
@@ -27,6 +35,10 @@ def _text(value) -> str:
 
 def cure(planner, section: str) -> dict | None:
     """Overrides (key -> value) with which a section fits, as few as may be; None: there are none."""
+    kind, model = planner.recipe.stages[section].stage, planner.model
+    whole = planner.card.count > 1 and STAGES[kind].sharded and model.quantization == model.sharding == "none"
+    if whole and fits(planner, section, {"model.sharding": "full"}):
+        return {"model.sharding": "full"}
     changes: dict = {}
     for key, value in candidates(planner.recipe, section):
         changes[key] = value
@@ -77,8 +89,8 @@ def fits(planner, section: str, changes: dict) -> bool:
     recipe, mine = planner.recipe, f"stages.{section}."
     stage = recipe.stages[section].model_copy(update={k.removeprefix(mine): v for k, v in changes.items() if k.startswith(mine)})
     model = type(recipe.model)(**recipe.model.model_dump() | {k.removeprefix("model."): v for k, v in changes.items() if k.startswith("model.")})
-    if model.quantization != "none" and model.lora is None:
-        return False  # a quantized base without adapters cannot be trained
+    if model.quantization != "none" and (model.lora is None or planner.cut(stage.stage) > 1):
+        return False  # a quantized base can neither be trained without adapters nor be cut over cards
     changed = recipe.model_copy(update={"model": model, "stages": recipe.stages | {section: stage}})
     other = plan.Planner(changed, planner.card)
     other.data = planner.data

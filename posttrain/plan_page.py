@@ -3,7 +3,7 @@
 from posttrain import cards
 
 LABELS = ("counted", "declared", "estimated")
-HELD = ("base", "roles", "optimizer", "decoder")
+HELD = ("base", "roles", "optimizer", "decoder", "gathered")
 
 
 def weakest(*labels: str) -> str:
@@ -62,17 +62,20 @@ def _unit(rows: list[dict]) -> tuple[float, str]:
 def _memory(rows: list[dict]) -> list[str]:
     (size, unit), card = _unit(rows), rows[0].get("gpu")
     fits = [[f"{r['headroom'] / size:.2f}", "yes" if r["fits"] else "no"] if card else [] for r in rows]
-    head = [f"{unit}, estimated", *(u.replace("_", " ") for u in HELD), "gradients", "activations", "micro-batch", "kv cache", "at once", "decoding", "peak"]
+    held = [u for u in HELD if u != "gathered" or any(r["memory"][u] for r in rows)]
+    head = [f"{unit}, estimated", *held, "gradients", "activations", "micro-batch", "kv cache", "at once", "decoding", "peak"]
     head += ["headroom", f"fits {card.gigabytes:.4g} GB"] if card else []
     each = []
     for r, told in zip(rows, fits, strict=True):
         m = {k: f"{v / size:.2f}" for k, v in r["memory"].items()}
-        each.append([r["section"], *(m[u] for u in HELD), m["gradients"], m["activations"], _plain(r, "micro_batch"), m["kv_cache"],
+        each.append([r["section"], *(m[u] for u in held), m["gradients"], m["activations"], _plain(r, "micro_batch"), m["kv_cache"],
                      _plain(r, "side_by_side"), m["decoding"], m["total"], *told])
-    cut = [f"Each of the {card.count} cards holds all of this; they share the work."] if card and card.count > 1 else []
+    cut = [r["section"] for r in rows if r.get("cut", 1) > 1]
+    share = [f"Each of the {card.count} cards holds all of this; they share the work."] if card and card.count > 1 else []
+    share += [f"Of {', '.join(cut)} it holds its slice of the models, and what is gathered of them at a time."] if cut else []
     return [*_table(head, each), "base: the frozen weights that all adapters share; roles: the models or adapters a section holds; decoder: a merged copy to",
             "decode with, made where there is room. Training (gradients, and activations of a micro-batch of so many tokens) and decoding (keys",
-            "and values of so many samples at once, and what a step needs besides) take turns: the larger counts. Headroom leaves 1 GB to the driver.", *cut]
+            "and values of so many samples at once, and what a step needs besides) take turns: the larger counts. Headroom leaves 1 GB to the driver.", *share]
 
 
 def _roles(rows: list[dict]) -> list[str]:

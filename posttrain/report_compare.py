@@ -67,7 +67,7 @@ class Side:
     def settings(self) -> dict:
         """Everything that can change a result, flat: as the sections' manifests have it, and for what has not run as the recipe has it."""
         recipe = self.run.recipe
-        out = {"run.seed": recipe.run.seed, **flatten("model", recipe.model.model_dump())} if recipe.stages else {}
+        out = {"run.seed": recipe.run.seed, **flatten("model", recipe.model.model_dump(exclude={"sharding"}))} if recipe.stages else {}
         for name, config in recipe.stages.items():
             out |= flatten(f"stages.{name}", {k: x for k, x in config.model_dump().items() if k not in NOT_PART_OF_THE_RESULT})
         for v in self.views:

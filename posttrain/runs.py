@@ -271,7 +271,7 @@ class Section:
     def inputs(self) -> dict:
         """Everything that can change the result, flat, so that a change can be named."""
         recipe = self.recipe
-        out = {"run.seed": self.seed, "format": FORMAT, **flatten("model", recipe.model.model_dump())}
+        out = {"run.seed": self.seed, "format": FORMAT, **flatten("model", recipe.model.model_dump(exclude={"sharding"}))}
         stage = {k: v for k, v in self.config.model_dump().items() if k not in NOT_PART_OF_THE_RESULT}
         out |= flatten(f"stages.{self.name}", stage)
         out |= {f"stages.{self.name}.{k} in this order": list(v) for k, v in stage.items() if isinstance(v, dict)}  # the first model is the baseline
@@ -572,6 +572,7 @@ def _refuse_processes(section: Section) -> None:
         able = " and ".join(kind for kind, stage in STAGES.items() if stage.processes)
         raise PosttrainError(section.place, f"{distributed.world()} processes for a section of kind {section.kind}", f"one process ({able} take several)",
                              f"Run it first: `python -m {stage_home(section.kind)} {section.recipe.path} {section.name}`; then this command goes on.")
+    distributed.check_sharding(section.recipe.model, section.kind, STAGES[section.kind].sharded, section.place)
 
 
 def sections_of(recipe: cfg.Recipe, kinds: set[str]) -> list[str]:

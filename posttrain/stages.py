@@ -9,13 +9,14 @@ class Stage(NamedTuple):
     module: str  # has run(section) and says what the stage is in its docstring
     makes: str  # "model", "data" (demonstrations), "pairs", "prompts", "tasks" or "report": what an @reference to it yields
     processes: bool = False  # may run in several at once (posttrain/distributed.py)
+    sharded: bool = False  # may cut its models over them (posttrain/sharding.py)
 
 
 STAGES: dict[str, Stage] = {
-    "sft": Stage("sft.config:SFTStage", "sft.train", "model", processes=True),
+    "sft": Stage("sft.config:SFTStage", "sft.train", "model", processes=True, sharded=True),
     "gatt": Stage("sft.config:GattStage", "sft.gatt", "data"),
     "gatt_eval": Stage("sft.config:GattEvalStage", "sft.gatt_eval", "report"),
-    "reward": Stage("reward.config:RewardStage", "reward.train", "model", processes=True),
+    "reward": Stage("reward.config:RewardStage", "reward.train", "model", processes=True, sharded=True),
     "rejection": Stage("rlhf.config:RejectionStage", "rlhf.rejection", "data", processes=True),
     "collect": Stage("rlhf.config:CollectStage", "rlhf.collect", "tasks", processes=True),
     "annotations": Stage("rlhf.config:AnnotationsStage", "rlhf.annotations", "pairs"),

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from posttrain import distributed, memory, stopping
+from posttrain import distributed, memory, sharding, stopping
 from posttrain.errors import PosttrainError
 from posttrain.models import Role, Roles
 from posttrain.packing import MicroBatch, Tree, collate, token_budget
@@ -71,7 +72,7 @@ def choose_budget(roles: Roles, role: Role) -> int:
     full, trained = role.adapter is None, [p for r in roles.roles.values() for p in r.parameters()]
     width = 4 if roles.dtype == torch.float32 else 2
     way = memory.Way(width, full=full, rank=0 if role.lora is None else role.lora.r, quantized=roles.config.quantization != "none", rows=bool(roles.added))
-    coming = 3 * sum(p.numel() * p.element_size() for p in trained)
+    coming = 3 * sum(sharding.here(p).numel() * p.element_size() for p in trained)
     if roles.device.type == "cuda":
         sharing = -(-distributed.on_this_machine() // torch.cuda.device_count())
         return memory.micro_batch(shape, way, (torch.cuda.mem_get_info()[0] / sharing - coming) * 0.5)
@@ -159,21 +160,15 @@ def _put_back_logs(checkpoint: Path, say) -> None:
 # -- the trainer --------------------------------------------------------------------------------------------------------------
 
 
-class _Steps:
-    """Item k is this process's share of what step k trains on: a list of micro-batches."""
-
-    def __init__(self, trees, batches, budget, layout, pad):
-        self.trees, self.batches, self.budget, self.layout, self.pad = trees, batches, budget, layout, pad
-
-    def __getitem__(self, step: int) -> list[MicroBatch]:
-        items = distributed.share_by_length(self.batches[step], self.trees)
-        chosen = [self.trees[i] for i in items]
-        out = []
-        for group in token_budget(chosen, self.budget, self.layout) if chosen else []:
-            batch = collate(chosen, group, self.layout, self.pad)
-            batch.items = [items[i] for i in batch.items]
-            out.append(batch)
-        return out
+def micro_batches(trees: list[Tree], items: list[int], budget: int, layout: str, pad: int) -> list[MicroBatch]:
+    """The items of a step, numbers of trees, in micro-batches of at most `budget` tokens. `items` of a micro-batch: those numbers."""
+    chosen = [trees[i] for i in items]
+    out = []
+    for group in token_budget(chosen, budget, layout) if chosen else []:
+        batch = collate(chosen, group, layout, pad)
+        batch.items = [items[i] for i in batch.items]
+        out.append(batch)
+    return out
 
 
 def _only(items: list):
@@ -185,7 +180,7 @@ class RoleTrainer:
 
     def __init__(self, model, *args, **kwargs):
         """trl's trainers round what is trained over a quantized base to bfloat16, where updates of 1e-5 vanish: keep it as it was."""
-        kept = [(p, p.data) for p in model.parameters() if p.requires_grad]
+        kept = [(p, p.data) for p in model.parameters() if p.requires_grad and not sharding.is_cut(p)]
         super().__init__(model, *args, **kwargs)
         for p, data in kept:
             p.data = data
@@ -195,8 +190,27 @@ class RoleTrainer:
         super().create_accelerator_and_postprocess()
         self.accelerator.prepare_model = lambda model, **kwargs: model
 
+    def create_optimizer(self, *args, **kwargs):
+        sharding.rest(self.role.net)  # of the slices, not of what an evaluation has gathered
+        return super().create_optimizer(*args, **kwargs)
+
     def _save(self, output_dir=None, state_dict=None):
         self.roles.save(self.role.name, Path(output_dir or self.args.output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.roles.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        whole = sharding.whole_optimizer(self.optimizer)
+        if distributed.is_main():
+            torch.save(whole, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if not self.roles.sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder = Path(checkpoint)
+        sharding.fill_optimizer(self.optimizer, torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True))
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         restore(self.roles, self.role, Path(resume_from_checkpoint))
@@ -230,12 +244,14 @@ class StepTrainer(RoleTrainer):
         model.train()
         totals, smaller = None, 0
         while True:
-            batches = _Steps(self.trees, self.batches, self.budget, self.roles.layout, self.roles.tokenizer.pad_token_id)[inputs]
+            batches = self._micro_batches(distributed.share_by_length(self.batches[inputs], self.trees))
             totals = totals or distributed.add_numbers(self.totals(batches))
             try:
-                stats = self._gradients(batches, totals)
+                stats = self._gradients(batches, totals, self._padding(inputs, len(batches)))
                 break
             except torch.OutOfMemoryError:
+                if self.roles.sharded:  # the others wait for this one's part of a layer: none can begin again without them
+                    raise
                 model.zero_grad(set_to_none=True)
             smaller = 1
             self.budget = smaller_budget(self.section, self.budget, batches)  # here, where the exception and what it held are gone
@@ -251,14 +267,25 @@ class StepTrainer(RoleTrainer):
                                  "Lower learning_rate, or set model.dtype: float32; the last checkpoint is kept.")
         return torch.tensor(loss, device=self.roles.device)
 
-    def _gradients(self, batches: list[MicroBatch], totals: dict) -> dict[str, float]:
+    def _micro_batches(self, items: list[int]) -> list[MicroBatch]:
+        return micro_batches(self.trees, items, self.budget, self.roles.layout, self.roles.tokenizer.pad_token_id)
+
+    def _padding(self, step: int, own: int) -> list[MicroBatch]:
+        """Micro-batches that count for nothing, as many as this process has fewer than the one with the most: where models are cut, all gather each
+        layer equally often. They hold the step's shortest item."""
+        if not self.roles.sharded:
+            return []
+        return self._micro_batches([min(self.batches[step], key=lambda i: len(self.trees[i]))]) * (max(distributed.gather(own)) - own)
+
+    def _gradients(self, batches: list[MicroBatch], totals: dict, padding: list[MicroBatch]) -> dict[str, float]:
         """Of this process's share of a step, and its numbers for the log."""
         stats: dict[str, float] = {}
-        for batch in batches:
+        for n, batch in enumerate([*batches, *padding]):
             with self.accelerator.autocast():  # accelerate wraps the model's forward alone; the roles call its body
                 loss, numbers = self.micro_loss(batch.to(self.roles.device), totals)
-            self.accelerator.backward(loss)
-            for key, value in numbers.items():
+            counts = n < len(batches)
+            self.accelerator.backward(loss if counts else loss * 0)
+            for key, value in numbers.items() if counts else ():
                 stats[key] = stats.get(key, 0.0) + value
         return stats
 
@@ -280,14 +307,15 @@ def restore(roles: Roles, role: Role, folder: Path) -> None:
         tensors = load_file(folder / "adapter_model.safetensors")
         roles._fill(role.name, tensors, folder)
         if role.head is not None:
-            role.head.weight.data.copy_(tensors["base_model.model.score.weight"])
+            sharding.fill(role.head.weight, tensors["base_model.model.score.weight"])
         return
     tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    sharding.rest(role.net)
     if role.head is not None:
-        role.head.weight.data.copy_(tensors.pop("score.weight"))
+        sharding.fill(role.head.weight, tensors.pop("score.weight"))
     own = dict(role.net.named_parameters())
     for key, value in tensors.items():
-        own[key].data.copy_(value)
+        sharding.fill(own[key], value)
 
 
 class _Watch(TrainerCallback):
@@ -379,6 +407,6 @@ def fit(trainer, section: Section, stage: str, evaluate, eval_every: int) -> Non
                 stopping.check_together()
         else:  # cut off between the last step and the end of the section
             restore(trainer.roles, trainer.role, checkpoint)
-    if distributed.is_main():
+    if distributed.is_main() or trainer.roles.sharded:  # of a model that is cut all give their part
         trainer.roles.save(trainer.role.name, section.folder / "model")
     distributed.wait()

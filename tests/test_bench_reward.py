@@ -85,7 +85,7 @@ TREES = [tree([1] * p, [[5 + p] * a, [6 + p] * b]) for p, a, b in ((3, 4, 2), (2
 
 
 def micro_batches(budget: int = 120) -> list:
-    return training._Steps(TREES, [[2, 0, 3, 1]], budget, "rows", 0)[0]
+    return training.micro_batches(TREES, [2, 0, 3, 1], budget, "rows", 0)
 
 
 @pytest.mark.parametrize("technique", ["shared_prompt", "length_buckets"])

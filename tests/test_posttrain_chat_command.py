@@ -149,14 +149,23 @@ def test_a_base_without_a_template_names_the_option():
 
 def test_every_version_sees_its_own_answers(speaker):
     talk, ended = talking(speaker, system="Be kind."), []
-    for text in ("Hello", "Who?"):
+
+    def history(i: int, text: str) -> list[dict]:
+        return [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": ended[i][1]},
+                {"role": "user", "content": text}]
+
+    def answer(i: int, text: str) -> str:
+        return speaker.answer(i, history(i, text), Sampling(24, 0.0, 0.9)).text
+
+    def ask(text: str) -> None:
         talk.ask(text, lambda *_: None, lambda i, text, why: ended.append((i, text)), threading.Event())
+
+    ask("Hello")
+    second = next(t for t in ("Who?", "Why?", "Where is it?", "And then?", "Tell me more.", "Is it so?") if all(answer(i, t) for i in (0, 1)))
+    ask(second)  # one to which both random models say something
     assert [i for i, _ in ended] == [0, 1, 0, 1] and ended[0][1] != ended[1][1]
     for i in (0, 1):
-        history = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": ended[i][1]},
-                   {"role": "user", "content": "Who?"}]
-        assert talk.messages(i)[:-1] == history
-        assert speaker.answer(i, history, Sampling(24, 0.0, 0.9)).text == ended[2 + i][1]
+        assert talk.messages(i)[:-1] == history(i, second) and answer(i, second) == ended[2 + i][1]
 
 
 # -- the terminal ------------------------------------------------------------------------------------------------------------------------
@@ -238,7 +247,7 @@ def test_a_terminal_is_not_steered_by_an_answer(speaker, monkeypatch, capsys):
 def test_in_a_real_terminal_ctrl_c_stops_the_answer_and_not_the_program(talk_run):
     master, slave = pty.openpty()
     process = subprocess.Popen([sys.executable, "-m", "posttrain", "chat", str(talk_run[0]), "--section", "sft", "--temperature", "2", "--top-p", "1",
-                                "--max-new-tokens", "1900", "--seed", "1"], cwd=ROOT, preexec_fn=lambda: os.login_tty(slave))
+                                "--max-new-tokens", "1900", "--seed", "5"], cwd=ROOT, preexec_fn=lambda: os.login_tty(slave))
     os.close(slave)
     seen = ""
 

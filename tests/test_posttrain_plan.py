@@ -282,6 +282,26 @@ def test_full_training_holds_every_role_in_float32_and_cards_share_the_work(reci
     assert eight["local"]["seconds"][0] * 8 == pytest.approx(rows_of(recipe(overrides=FULL), gpu=80)["local"]["seconds"][0])
 
 
+def test_a_recipe_that_shards_cuts_what_it_trains_over_the_cards(recipe):
+    """Weights, gradients and Adam's moments by eight; whole are embeddings and head with their gradient, two layers, and the gradient of one."""
+    shards, s = [*FULL, "model.sharding=full"], shape()
+    whole, cut = rows_of(recipe(overrides=FULL), gpu="8x80GB"), rows_of(recipe(overrides=shards), gpu="8x80GB")
+    for use in ("roles", "gradients", "optimizer"):
+        assert cut["local"]["memory"][use] == whole["local"]["memory"][use] / 8
+    layer = (s.body + s.small) / 32
+    assert cut["local"]["memory"]["gathered"] == 4 * (2 * s.embeddings + 3 * layer) and whole["local"]["memory"]["gathered"] == 0
+    assert cut["local"]["fits"] and not whole["local"]["fits"] and cut["local"]["cut"] == 8
+    assert cut["ppo"]["memory"] == whole["ppo"]["memory"]  # it does not cut its models
+    assert "it holds its slice of the models" in plan.render([cut["local"]]) and "gathered" not in plan.render([whole["local"]])
+    assert "it fits with model.sharding=full" in whole["local"]["warnings"][-1]
+    one = rows_of(recipe(overrides=shards), gpu=80)["local"]
+    assert one["memory"] == whole["local"]["memory"]  # one card has nobody to share with
+    frozen = ["model.quantization=none"]
+    base, adapters = rows_of(recipe(overrides=frozen), gpu="8x80GB"), rows_of(recipe(overrides=[*frozen, "model.sharding=full"]), gpu="8x80GB")
+    assert adapters["local"]["memory"]["base"] == base["local"]["memory"]["base"] / 8
+    assert adapters["local"]["memory"]["roles"] == base["local"]["memory"]["roles"]  # adapters are replicated
+
+
 def test_a_micro_batch_that_is_not_given_is_the_one_that_memory_allows(recipe):
     given = rows_of(recipe(), gpu=24)["rm"]
     free = 23e9 - sum(given["memory"][k] for k in ("base", "roles", "gradients", "optimizer"))

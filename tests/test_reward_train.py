@@ -175,14 +175,14 @@ def test_the_two_losses_are_weighted_over_the_whole_step(make_roles, scramble):
     role = scramble(roles.add("reward", fresh_adapter=True, trainable=True, head="new"))
     pairs = [Pair([{"role": "user", "content": f"q{i}"}], "yes " * (i + 1), "no", 3, chosen_safe=True if i < 3 else None) for i in range(8)]
     trees, _, _ = encode(pairs, roles.tokenizer, 4096)
-    from posttrain.training import _Steps
+    from posttrain.training import micro_batches
 
     sums = []
     for budget in (30, 100, 10_000):
         trainer = train._Trainer.__new__(train._Trainer)
         trainer.roles, trainer.role = roles, role
         trainer.bind_pairs(pairs, "small", 2.0)
-        micro = _Steps(trees, [list(range(8))[::-1]], budget, "rows", 0)[0]
+        micro = micro_batches(trees, list(range(8))[::-1], budget, "rows", 0)
         totals = trainer.totals(micro)
         assert totals == {"pairs": 8, "labelled": 3}
         parts = [trainer.micro_loss(b, totals) for b in micro]

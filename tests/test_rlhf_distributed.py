@@ -323,7 +323,8 @@ def test_a_launcher_counts_only_where_one_started_us(monkeypatch):
 
 @pytest.mark.parametrize("given, told", [
     ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "it has started one"),  # what `accelerate launch --cpu --num_processes 2` sets
-    ({"ACCELERATE_USE_FSDP": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "FSDP is asked for"),
+    ({"ACCELERATE_USE_FSDP": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "FSDP is asked for in version 1"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, None),
     ({"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "DeepSpeed is asked for"),
     ({"ACCELERATE_USE_CPU": "True"}, None), ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}, None)])
 def test_what_a_launcher_was_asked_for_must_happen(monkeypatch, given, told):
@@ -337,14 +338,14 @@ def test_what_a_launcher_was_asked_for_must_happen(monkeypatch, given, told):
         distributed.join()  # before it meets anybody
 
 
-@pytest.mark.parametrize("name, words", [("single", {}), ("ddp", {"WORLD_SIZE": "2"})])
-def test_the_launch_files_start_what_they_say(name, words, tmp_path):
+@pytest.mark.parametrize("name, kind", [("single", "NO"), ("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_the_launch_files_start_what_they_say(name, kind):
     """accelerate reads them and hands its settings on; the one for several GPUs is only read here, there being none."""
     import yaml
     from accelerate.commands.config.config_args import load_config_from_file
 
     told = load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml"))
-    assert str(told.distributed_type).split(".")[-1] == {"single": "NO", "ddp": "MULTI_GPU"}[name] and (told.num_processes > 1) is (name == "ddp")
+    assert str(told.distributed_type).split(".")[-1] == kind and (told.num_processes > 1) is (name != "single")
     assert {*yaml.safe_load((ROOT / "recipes" / "accelerate" / f"{name}.yaml").read_text())} <= {*vars(told)} | {"debug"}
 
 
