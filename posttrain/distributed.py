@@ -5,7 +5,8 @@ gloo on CPUs). Models stay unwrapped, without DistributedDataParallel: losses ar
 gradient of a step is the plain sum of the processes' gradients, which `add_gradients` takes in flat buffers just before the clip. Every process then
 makes the same step from the same numbers, and `agree` checks it. All processes read one run folder; the main one alone writes.
 Work in chunks on disk is shared otherwise: `turns` hands whole chunks to whoever is free, and each is made `alone`.
-Where models are cut over the processes (posttrain/sharding.py), the backward pass sums their gradients, and `add_gradients` the rest.
+Where models are cut over the processes (posttrain/sharding.py), the backward pass sums their gradients, and `add_gradients` the rest; under DeepSpeed
+(posttrain/zero.py) its engine sums them all.
 Light: imports torch and accelerate only where there is more than one process.
 """
 
@@ -14,6 +15,7 @@ import os
 import secrets
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 
 from posttrain.errors import PosttrainError
 
@@ -21,6 +23,7 @@ FLAT = 1 << 26  # numbers in a buffer of gradients
 PATIENCE = timedelta(hours=2)  # what one process waits for another
 _alone = False
 _launcher_shards = False  # accelerate was told to use FSDP2; `join` keeps it from accelerate's own wrapping
+_launcher_zero = 0  # or DeepSpeed's ZeRO of this stage
 
 
 def _from_launcher(key: str, default: int) -> int:
@@ -65,8 +68,7 @@ def check_launcher() -> None:
     """Raises PosttrainError where a launcher was asked for what does not happen: several processes of which one came, or another engine's cut models."""
     asked = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in ("CPU", "FSDP", "DEEPSPEED")}
     if asked["DEEPSPEED"]:
-        raise PosttrainError("accelerate launch", "DeepSpeed is asked for, and it does not run here", "FSDP2, or every process with the whole base",
-                             "Use recipes/accelerate/fsdp2.yaml to cut models over GPUs, or recipes/accelerate/ddp.yaml (docs/scaling.md).")
+        _check_deepspeed()
     if asked["FSDP"] and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise PosttrainError("accelerate launch", f"FSDP is asked for in version {version}", "version 2 (fsdp_version: 2)",
                              "Use recipes/accelerate/fsdp2.yaml (docs/scaling.md).")
@@ -75,31 +77,62 @@ def check_launcher() -> None:
                              "Use torchrun: `torchrun --nproc-per-node 2 -m posttrain run RECIPE`.")
 
 
+def _check_deepspeed() -> None:
+    """Raises PosttrainError where DeepSpeed is asked for what posttrain/zero.py does not do, or is not there."""
+    def asked(key: str, default: str) -> str:
+        return os.environ.get(f"ACCELERATE_DEEPSPEED_{key}", default)
+
+    found = {"zero_stage": asked("ZERO_STAGE", "2"), "deepspeed_config_file": asked("CONFIG_FILE", "none"),
+             "offload_optimizer_device": asked("OFFLOAD_OPTIMIZER_DEVICE", "none"), "offload_param_device": asked("OFFLOAD_PARAM_DEVICE", "none")}
+    odd = [f"{k}: {v}" for k, v in found.items() if v not in (("2", "3") if k == "zero_stage" else ("none",))]
+    if odd:
+        raise PosttrainError("accelerate launch", f"DeepSpeed is asked for with {', '.join(odd)}", "zero_stage 2 or 3, no file, nothing offloaded",
+                             "Use recipes/accelerate/deepspeed_zero2.yaml or deepspeed_zero3.yaml (docs/scaling.md).")
+    if find_spec("deepspeed") is None:
+        raise PosttrainError("accelerate launch", "DeepSpeed is asked for, and it is not installed", "the package deepspeed",
+                             "Install it: `pip install -e '.[deepspeed]'`, or use recipes/accelerate/fsdp2.yaml, which needs no package.")
+
+
+def zero() -> int:
+    """The ZeRO stage that the launcher asks for, else 0."""
+    return _launcher_zero
+
+
 def shards(model) -> bool:
     """Whether models are to be cut over the processes: the recipe (model: its ModelConfig) or the launcher says so."""
-    return model.sharding == "full" or _launcher_shards
+    return model.sharding == "full" or _launcher_shards or _launcher_zero > 0
 
 
 def check_sharding(model, kind: str, able: bool, place: str) -> None:
     """Raises PosttrainError where a section of this kind, able to cut its models or not, cannot do what `shards` asks for. Before anything loads."""
     if not shards(model):
         return
-    where = f"{place}: model.sharding"
+    asked = f"ZeRO stage {_launcher_zero}" if _launcher_zero else "'full'"
+    where = f"{place}: {'accelerate launch' if _launcher_zero else 'model.sharding'}"
+    if not able and _launcher_zero:
+        why = "takes one model, and PPO trains two (policy, critic) beside frozen ones" if kind == "ppo" else f"trains, and a section of kind {kind} does not"
+        raise PosttrainError(where, f"DeepSpeed is asked for; it {why}", "sft or reward", "Run this section with every model whole in each process: "
+                             "recipes/accelerate/ddp.yaml or torchrun, with adapters (model.lora) where whole models do not fit.")
+    if able and _launcher_zero and model.sharding == "full":
+        raise PosttrainError(where, "DeepSpeed is asked for, and model.sharding: full, which is FSDP2", "one of the two",
+                             "Set model.sharding: none, or start it with torchrun.")
     if not able and (kind == "ppo" or _launcher_shards):
         raise PosttrainError(where, f"models cut over processes are asked for, and a section of kind {kind} holds them whole", "sft or reward",
                              "Run this section without them: model.sharding=none, and recipes/accelerate/ddp.yaml or torchrun.")
     if able and model.quantization != "none":
-        raise PosttrainError(where, f"'full' with quantization: {model.quantization}", "an unquantized base to cut",
-                             "Set model.quantization: none, or model.sharding: none: each process then holds the whole quantized base.")
+        raise PosttrainError(where, f"{asked} with quantization: {model.quantization}", "an unquantized base to cut",
+                             "Set model.quantization: none, or model.sharding: none with ddp.yaml or torchrun: each process holds the whole quantized base.")
     if able and world() == 1:
-        raise PosttrainError(where, "'full' in one process", "several processes to cut the model over",
+        raise PosttrainError(where, f"{asked} in one process", "several processes to cut the model over",
                              "Start it with `torchrun --nproc-per-node N -m posttrain run RECIPE`, or set model.sharding: none.")
 
 
 def join() -> None:
     """Meet the other processes; each takes its own GPU. Nothing in one process."""
-    global _launcher_shards
+    global _launcher_shards, _launcher_zero
     check_launcher()
+    if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        _launcher_zero = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
     if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):  # else accelerate and transformers would wrap the models their way
         _launcher_shards = True
     if world() > 1:

@@ -212,6 +212,7 @@ class Roles:
     packed_head: tuple | None = None  # (vocabulary head, its product for decoding)
     merged: tuple | None = None  # (which role with which weights, its merged copy for decoding)
     sharded: bool = False  # whether models are cut over the processes (posttrain/sharding.py)
+    zero: int = 0  # by DeepSpeed's ZeRO of this stage, when training starts (posttrain/zero.py)
     engine: object = None  # what samples in the place of generate.py's loop (vllm_engine.VLLM)
 
     def __post_init__(self):
@@ -250,9 +251,10 @@ class Roles:
         if head:
             self._head(role, source, head, seed)
         if self.sharded:
-            if not sharding.is_sharded(role.net):
+            if not self.zero and not sharding.is_sharded(role.net):
                 sharding.shard(role.net, role.head, self.device)
-            sharding.check(role.net, self.place)
+            if not self.zero:
+                sharding.check(role.net, self.place)
         self.roles[name] = role
         return role
 
@@ -264,7 +266,7 @@ class Roles:
             self.base.heads = nn.ModuleDict()
             if self.added:
                 self._add_rows(self.base)
-            if self.sharded:
+            if self.sharded and not self.zero:
                 sharding.shard(self.base, None, self.device)
         return self.base
 
@@ -376,9 +378,10 @@ class Roles:
             odd = sorted(set(slots) ^ set(found))[:2]
             raise PosttrainError(str(source), f"its tensors do not fit the base ({odd[0]} ...)", "an adapter of this base", "Check model.name_or_path.")
         for key, p in slots.items():
-            if p.shape != found[key].shape:
-                raise PosttrainError(str(source), f"{key} has shape {tuple(found[key].shape)}", f"{tuple(p.shape)}", "Check model.name_or_path.")
-            p.data.copy_(found[key].float())
+            if sharding.shape(p) != found[key].shape:
+                raise PosttrainError(str(source), f"{key} has shape {tuple(found[key].shape)}", f"{tuple(sharding.shape(p))}",
+                                     "Check model.name_or_path.")
+            sharding.fill(p, found[key].float())
 
     def _full_role(self, name: str, source: Path | None, trainable: bool, head: str | None) -> Role:
         if self.config.quantization != "none":
@@ -449,7 +452,7 @@ class Roles:
         return self.logprobs_of(name, self.hidden(name, batch), batch, temperature)
 
     def logprobs_of(self, name: str, hidden: Tensor, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
-        return token_logprobs(hidden[batch.predictors], self.vocabulary(name), batch.targets, temperature)
+        return sharding.multiplied(self.roles[name].net, lambda: token_logprobs(hidden[batch.predictors], self.vocabulary(name), batch.targets, temperature))
 
     def vocabulary(self, name: str) -> Tensor:
         """The vocabulary head (V, d) of a role."""
@@ -487,9 +490,9 @@ class Roles:
         role = self.roles[name]
         folder.mkdir(parents=True, exist_ok=True)
         if role.adapter:
-            tensors = {f"base_model.model.{n}": p.detach().cpu().contiguous() for n, p in self._slots(name).items()}
+            tensors = {f"base_model.model.{n}": sharding.whole(p).detach().cpu().contiguous() for n, p in self._slots(name).items()}
             if role.head is not None:
-                tensors["base_model.model.score.weight"] = role.head.weight.detach().cpu().contiguous()
+                tensors["base_model.model.score.weight"] = sharding.whole(role.head.weight).detach().cpu().contiguous()
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             config = self.peft_config(role.lora, role.head is not None)
             config.inference_mode = True
@@ -508,7 +511,7 @@ class Roles:
         del net.heads  # not part of transformers' layout
         try:
             state = sharding.whole_state(net if role.head is None else role.body) if self.sharded else None
-            score = None if role.head is None else sharding.whole(role.head.weight.detach())
+            score = None if role.head is None else sharding.whole(role.head.weight).detach()
             if self.sharded and not distributed.is_main():
                 return
             if role.head is None:
@@ -550,7 +553,8 @@ def roles_for(section) -> Roles:
     dtype = section.decide("dtype", lambda: choose_dtype(config, full=True))
     section.decide("threads", lambda: set_threads(section.recipe.run.threads))
     set_threads(section.manifest["decisions"]["threads"])
-    roles = Roles(config, getattr(torch, dtype), section.recipe.path, sharded=distributed.shards(config) and STAGES[section.kind].sharded)
+    roles = Roles(config, getattr(torch, dtype), section.recipe.path, sharded=distributed.shards(config) and STAGES[section.kind].sharded,
+                  zero=distributed.zero())
     if getattr(section.config, "engine", "ours") == "vllm":
         from posttrain import vllm_engine
 

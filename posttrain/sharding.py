@@ -63,11 +63,18 @@ def computed(module: nn.Module, compute):
     """compute(), which runs the body of a network or its head; of one that is cut, with its own group gathered.
 
     Gathering in inference mode would leave buffers from which no backward pass can start, so that mode is off inside; gradients stay off."""
+    if hasattr(module, "zero"):
+        return module.zero.computed(compute)
     if not is_sharded(module):
         return compute()
     grad = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         return module.computing(compute) if hasattr(module, "computing") else compute()
+
+
+def multiplied(net: nn.Module, compute):
+    """compute(), which multiplies by the vocabulary head outside the network, after `computed`: FSDP2 has it gathered still, ZeRO gathers it again."""
+    return net.zero.computed(compute) if hasattr(net, "zero") else compute()
 
 
 def rest(net: nn.Module) -> None:
@@ -80,7 +87,17 @@ def rest(net: nn.Module) -> None:
 
 def whole(x: Tensor) -> Tensor:
     """A parameter or gradient as if it were not cut. All processes call it."""
+    if hasattr(x, "ds_id"):  # ZeRO stage 3
+        from deepspeed import zero
+
+        with zero.GatheredParameters([x]):
+            return x.detach().clone()
     return x.full_tensor() if is_cut(x) else x
+
+
+def shape(x: Tensor) -> torch.Size:
+    """Of the whole, also where ZeRO stage 3 has cut it."""
+    return getattr(x, "ds_shape", x.shape)
 
 
 def here(x: Tensor) -> Tensor:
@@ -98,7 +115,14 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def fill(parameter: Tensor, value: Tensor) -> None:
-    """Put a whole tensor's values into a parameter, cut or not."""
+    """Put a whole tensor's values into a parameter, cut or not. All processes call it."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed import zero
+
+        with zero.GatheredParameters([parameter], modifier_rank=0):
+            if distributed.is_main():
+                parameter.data.copy_(value)
+        return
     here(parameter.data).copy_(here(part_of(value, parameter.data)))
 
 
@@ -109,7 +133,7 @@ def whole_state(net: nn.Module) -> dict[str, Tensor]:
     out = {}
     for key, value in net.state_dict(keep_vars=True).items():
         if id(value) not in done:
-            gathered = whole(value.detach())
+            gathered = whole(value).detach()
             done[id(value)] = gathered.cpu().contiguous() if distributed.is_main() else torch.empty(0)
         out[key] = done[id(value)]
     return out if distributed.is_main() else {}

@@ -4,8 +4,10 @@ batch, split into token-budget micro-batches and normalised over the whole step;
 
 import math
 import random
+import resource
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from posttrain.packing import MicroBatch, Tree, collate, token_budget
 from posttrain.plan import warmup_steps
 from posttrain.runs import Section, file_digest, read_json, write_json
 from posttrain.shape import shape_of
+from posttrain.zero import Zero
 
 CHECKSUMS = "checksums.json"
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -73,6 +76,9 @@ def choose_budget(roles: Roles, role: Role) -> int:
     width = 4 if roles.dtype == torch.float32 else 2
     way = memory.Way(width, full=full, rank=0 if role.lora is None else role.lora.r, quantized=roles.config.quantization != "none", rows=bool(roles.added))
     coming = 3 * sum(sharding.here(p).numel() * p.element_size() for p in trained)
+    if roles.zero:  # the network is still whole in main memory
+        stays = sum(p.numel() * p.element_size() for p in role.net.parameters())
+        coming = coming // distributed.world() + stays // (distributed.world() if roles.zero == 3 else 1)
     if roles.device.type == "cuda":
         sharing = -(-distributed.on_this_machine() // torch.cuda.device_count())
         return memory.micro_batch(shape, way, (torch.cuda.mem_get_info()[0] / sharing - coming) * 0.5)
@@ -81,6 +87,11 @@ def choose_budget(roles: Roles, role: Role) -> int:
     per_token = shape.layers * memory.layer(shape, way)
     free = psutil.virtual_memory().available / distributed.on_this_machine() - coming
     return max(256, min(2048, int(free * 0.3 / per_token)))
+
+
+def memory_taken() -> float:
+    """GB that this process held at most so far: of its GPU's memory where it has one, else of main memory."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def smaller_budget(section: Section, budget: int, batches: list[MicroBatch]) -> int:
@@ -178,6 +189,8 @@ def _only(items: list):
 class RoleTrainer:
     """Mixin before a transformers Trainer class: what it trains, saves and loads is one role (`self.roles`, `self.role`)."""
 
+    zero: Zero | None = None  # what owns gradients and steps under DeepSpeed
+
     def __init__(self, model, *args, **kwargs):
         """trl's trainers round what is trained over a quantized base to bfloat16, where updates of 1e-5 vanish: keep it as it was."""
         kept = [(p, p.data) for p in model.parameters() if p.requires_grad and not sharding.is_cut(p)]
@@ -200,7 +213,7 @@ class RoleTrainer:
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.roles.sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
-        whole = sharding.whole_optimizer(self.optimizer)
+        whole = self.zero.optimizer_state() if self.zero else sharding.whole_optimizer(self.optimizer)
         if distributed.is_main():
             torch.save(whole, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -209,11 +222,32 @@ class RoleTrainer:
         if not self.roles.sharded or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         folder = Path(checkpoint)
-        sharding.fill_optimizer(self.optimizer, torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True))
+        told = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+        if self.zero:
+            self.zero.load_optimizer_state(told)
+        else:
+            sharding.fill_optimizer(self.optimizer, told)
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        restore(self.roles, self.role, Path(resume_from_checkpoint))
+        if not self.zero:  # what `start_zero` put in before
+            restore(self.roles, self.role, Path(resume_from_checkpoint))
+
+    def start_zero(self, checkpoint: Path | None) -> None:
+        """Hand the network to DeepSpeed (posttrain/zero.py), with the checkpoint's weights, of which it makes its own copies."""
+        if checkpoint:
+            restore(self.roles, self.role, checkpoint)
+        self.create_optimizer()
+        self.accelerator.prepare_optimizer = lambda optimizer, **kwargs: optimizer
+        self.zero = Zero(self.role.net, self.optimizer, self.roles.zero, self.args.max_grad_norm, self.roles.device, self.section.place)
+        self.optimizer = self.zero.groups
+
+    def _clip_grad_norm(self, model):
+        return None if self.zero else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Before the norm is told ZeRO clips and steps."""
+        return self.zero.step() if self.zero else super()._get_grad_norm(model, grad_norm)
 
     def create_model_card(self, *args, **kwargs):
         return
@@ -255,7 +289,8 @@ class StepTrainer(RoleTrainer):
                 model.zero_grad(set_to_none=True)
             smaller = 1
             self.budget = smaller_budget(self.section, self.budget, batches)  # here, where the exception and what it held are gone
-        distributed.add_gradients(self.role.parameters())
+        if not self.zero:
+            distributed.add_gradients(self.role.parameters())
         self.step_stats = distributed.add_numbers(stats)
         told = distributed.add_numbers({"tokens": sum(b.tokens for b in batches), "smaller": smaller})
         self.step_tokens = told["tokens"]
@@ -280,14 +315,24 @@ class StepTrainer(RoleTrainer):
     def _gradients(self, batches: list[MicroBatch], totals: dict, padding: list[MicroBatch]) -> dict[str, float]:
         """Of this process's share of a step, and its numbers for the log."""
         stats: dict[str, float] = {}
-        for n, batch in enumerate([*batches, *padding]):
-            with self.accelerator.autocast():  # accelerate wraps the model's forward alone; the roles call its body
-                loss, numbers = self.micro_loss(batch.to(self.roles.device), totals)
-            counts = n < len(batches)
-            self.accelerator.backward(loss if counts else loss * 0)
-            for key, value in numbers.items() if counts else ():
-                stats[key] = stats.get(key, 0.0) + value
+        whole = [*batches, *padding]
+        for n, batch in enumerate(whole):
+            compute = partial(self._loss, batch, totals, stats if n < len(batches) else None)
+            if self.zero:
+                self.zero.gradients(compute, last=n == len(whole) - 1)
+            else:
+                self.accelerator.backward(compute())
         return stats
+
+    def _loss(self, batch: MicroBatch, totals: dict, stats: dict[str, float] | None) -> torch.Tensor:
+        """Of a micro-batch, whose numbers are added to stats. None: it counts for nothing."""
+        with self.accelerator.autocast():  # accelerate wraps the model's forward alone; the roles call its body
+            loss, numbers = self.micro_loss(batch.to(self.roles.device), totals)
+        if stats is None:
+            return loss * 0
+        for key, value in numbers.items():
+            stats[key] = stats.get(key, 0.0) + value
+        return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         return [next(epoch_iterator) for _ in range(num_batches)], None
@@ -331,7 +376,9 @@ class _Watch(TrainerCallback):
             t.pending_eval = self.evaluate()
         else:
             t.pending_eval = {}
-        if any(distributed.gather(stopping.asked())):
+        told = distributed.gather((stopping.asked(), memory_taken()))
+        t.peak_memory = max(taken for _, taken in told)
+        if any(asked for asked, _ in told):
             control.should_save = control.should_training_stop = True
         return control
 
@@ -346,7 +393,7 @@ class _Watch(TrainerCallback):
         row = {f"{self.stage}/{k}": v for k, v in {**t.log_row(t.step_stats), "learning_rate": logs["learning_rate"],
                                                    "grad_norm": float(logs["grad_norm"]),
                                                    "tokens_per_second": round(t.step_tokens / max(now - self.clock, 1e-9), 1),
-                                                   **t.pending_eval}.items()}
+                                                   "peak_memory_gb": t.peak_memory, **t.pending_eval}.items()}
         self.clock = now
         t.section.log.metrics(state.global_step, row)
         self.ticker.advance(1, note=f"loss {row[f'{self.stage}/loss']:.3f}")
@@ -391,6 +438,8 @@ def fit(trainer, section: Section, stage: str, evaluate, eval_every: int) -> Non
         trainer.remove_callback(callback)
     section.same_processes()
     checkpoint = distributed.from_main(lambda: newest_checkpoint(section.folder, section.log.say))
+    if trainer.roles.zero:
+        trainer.start_zero(checkpoint)
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     section.log.rewind(done if checkpoint else -1)
     if not checkpoint:

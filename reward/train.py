@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from posttrain import chat
+from posttrain import chat, sharding
 from posttrain.config import Recipe
 from posttrain.data import naming, prompt_key
 from posttrain.errors import PosttrainError
@@ -205,7 +205,7 @@ def check_reload(section: Section, roles: Roles, trees: list[Tree], budget: int)
     roles["reward"].net.eval()
     before = scores(roles, "reward", trees, budget)
     for p in roles["reward"].parameters():  # what the file lacks stays zero and shows
-        p.data.zero_()
+        sharding.fill(p, torch.zeros(sharding.shape(p)))
     restore(roles, roles["reward"], section.folder / "model")
     after = scores(roles, "reward", trees, budget)
     worst = max(abs(a - b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))

@@ -7,7 +7,6 @@ everything in between (whitening, rewards, advantages, statistics, decisions) is
 """
 
 import random
-import resource
 import time
 from collections.abc import Callable, Iterator
 
@@ -25,7 +24,7 @@ from posttrain.packing import MicroBatch
 from posttrain.runs import Section
 from posttrain.statistics import interval, standard_error
 from posttrain.tensors import masked_mean, token_entropy, whiten
-from posttrain.training import budget_of, smaller_budget
+from posttrain.training import budget_of, memory_taken, smaller_budget
 from reward.score import Scorer, load_scorer
 from rlhf import checkpoint, credit, gate, losses
 from rlhf.checkpoint import State
@@ -444,15 +443,9 @@ def iteration_metrics(scored: Scored, rollout: Rollout, kl: Tensor, returns: Ten
         "finished": scored.finished.float().mean().item(), "routed_by_tag": scored.by_tag.float().mean().item(),
         "routed_by_threshold": scored.by_threshold.float().mean().item(), **stats, **({} if rollout.entropy is None else {"entropy": rollout.entropy}),
         "seconds_generate": scored.sampling_seconds, "seconds_score": read - began - scored.sampling_seconds, "seconds_update": ended - read,
-        "tokens_per_second": lengths.sum().item() / max(ended - began, 1e-9), "peak_memory_gb": peak_memory(),
+        "tokens_per_second": lengths.sum().item() / max(ended - began, 1e-9), "peak_memory_gb": max(distributed.gather(memory_taken())),
     }
     return {f"ppo/{k}": v for k, v in own.items()}
-
-
-def peak_memory() -> float:
-    """GB, of the process that used most."""
-    cuda = torch.cuda.is_available()
-    return max(distributed.gather(torch.cuda.max_memory_allocated() / 1e9 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
 
 
 def sample_rows(scored: Scored, kl: Tensor, roles: Roles, iteration: int, n: int = 4) -> list[dict]:

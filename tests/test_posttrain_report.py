@@ -90,7 +90,7 @@ def sft_metrics(rng, steps=120, first=2.4, last=1.7):
     for step in range(1, steps + 1):
         fall = last + (first - last) * math.exp(-step / 25)
         row = {"step": step, "time": step, "sft/loss": fall + rng.gauss(0, 0.06), "sft/learning_rate": 2e-4 * (1 - step / steps),
-               "sft/grad_norm": 1 + rng.random(), "sft/tokens_per_second": 900 + rng.gauss(0, 20)}
+               "sft/grad_norm": 1 + rng.random(), "sft/tokens_per_second": 900 + rng.gauss(0, 20), "sft/peak_memory_gb": 3.25}
         if step % 20 == 0 or step == 1:
             row["sft/held_out_loss"] = fall + 0.05
         yield row

@@ -45,7 +45,7 @@ def weights(section) -> dict:
 def rows(section) -> list[dict]:
     """What was logged, less what a clock decides."""
     logged = read_lines(section.folder / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "time" and "tokens_per_second" not in k} for r in logged]
+    return [{k: v for k, v in r.items() if k != "time" and "tokens_per_second" not in k and "peak_memory" not in k} for r in logged]
 
 
 def same(a: dict, b: dict) -> None:
@@ -429,8 +429,8 @@ def test_a_process_takes_over_the_smaller_budget_of_another(monkeypatch, elsewhe
     monkeypatch.setattr(distributed, "add_gradients", lambda parameters: None)
     monkeypatch.setattr(distributed, "add_numbers", lambda numbers: {k: v + (elsewhere if k == "smaller" else 0) for k, v in numbers.items()})
     roles = SimpleNamespace(device="cpu")
-    trainer = SimpleNamespace(trees=[], batches=[[]], budget=256, roles=roles, role=SimpleNamespace(parameters=list), totals=lambda batches: {"tokens": 1},
-                              _micro_batches=lambda items: [], _padding=lambda step, own: [], _gradients=lambda *args: {"loss": 1.0},
+    trainer = SimpleNamespace(trees=[], batches=[[]], budget=256, roles=roles, zero=None, role=SimpleNamespace(parameters=list),
+                              totals=lambda batches: {"tokens": 1}, _micro_batches=lambda items: [], _padding=lambda step, own: [], _gradients=lambda *args: {"loss": 1.0},
                               section=SimpleNamespace(settle=lambda key: 64))
     training.StepTrainer.training_step(trainer, torch.nn.Linear(1, 1), 0)
     assert trainer.budget == (64 if elsewhere else 256)

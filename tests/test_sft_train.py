@@ -91,7 +91,7 @@ def test_a_run_leaves_a_model_that_transformers_and_peft_load(sft, make_roles):
     assert total / count == pytest.approx(told["held_out_loss_after"], rel=1e-4)
     logged = read_lines(section.folder / "metrics.jsonl")
     assert logged[0]["sft/held_out_loss"] == told["held_out_loss_before"] and logged[-1]["sft/held_out_loss"] == told["held_out_loss_after"]
-    assert all(math.isfinite(r["sft/grad_norm"]) and r["sft/tokens_per_second"] > 0 for r in logged[1:])
+    assert all(math.isfinite(r["sft/grad_norm"]) and r["sft/tokens_per_second"] > 0 and r["sft/peak_memory_gb"] > 0.1 for r in logged[1:])
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8"])

@@ -48,7 +48,7 @@ def launch(recipe: str, *words: str) -> subprocess.CompletedProcess:
 
 
 def numbers(section) -> list[dict]:
-    return [{k: v for k, v in row.items() if v is not None and k != "time" and "per_second" not in k}
+    return [{k: v for k, v in row.items() if v is not None and k != "time" and "per_second" not in k and "peak_memory" not in k}
             for row in read_lines(section.folder / "metrics.jsonl")]
 
 
