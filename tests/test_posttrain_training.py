@@ -430,8 +430,8 @@ def test_a_process_takes_over_the_smaller_budget_of_another(monkeypatch, elsewhe
     monkeypatch.setattr(distributed, "add_numbers", lambda numbers: {k: v + (elsewhere if k == "smaller" else 0) for k, v in numbers.items()})
     roles = SimpleNamespace(device="cpu")
     trainer = SimpleNamespace(trees=[], batches=[[]], budget=256, roles=roles, zero=None, role=SimpleNamespace(parameters=list),
-                              totals=lambda batches: {"tokens": 1}, _micro_batches=lambda items: [], _padding=lambda step, own: [], _gradients=lambda *args: {"loss": 1.0},
-                              section=SimpleNamespace(settle=lambda key: 64))
+                              totals=lambda batches: {"tokens": 1}, _micro_batches=lambda items: [],
+                              _padding=lambda step, own: [], _gradients=lambda *args: {"loss": 1.0}, section=SimpleNamespace(settle=lambda key: 64))
     training.StepTrainer.training_step(trainer, torch.nn.Linear(1, 1), 0)
     assert trainer.budget == (64 if elsewhere else 256)
 
