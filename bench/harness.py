@@ -247,14 +247,24 @@ def warm_up(workers: list[Worker], no_tune: bool, request: dict) -> tuple[dict[s
     return first, tuned
 
 
-def every_row(args, base: str, compare: Callable, workers: list[Worker], folder: Path, what: str) -> list[dict]:
-    """compare() for every --dtype and --data. what: the work of a repeat in words."""
+def every_row(args, base: str, compare: Callable, start_workers: Callable, folder: Path, what: str) -> list[dict]:
+    """compare() for every --dtype and --data, each with new workers: old ones keep memory. what: the work of a repeat in words."""
     rows = []
     for dtype in args.dtype:
         for data in args.data:
             say(f"{data}, {dtype}: {what}, {args.repeats} repeats", style="bold")
-            rows.append(compare(args, base, data, dtype, workers, folder / dtype / data))
+            with start_workers() as workers:
+                rows.append(compare(args, base, data, dtype, workers, folder / dtype / data))
     return rows
+
+
+def first_budget(runs: Path, section: str) -> list[str]:
+    """What keeps ours at the micro-batches that its first run chose, as a run alone does: by now the peers hold memory. Overrides; none for the first."""
+    from posttrain.runs import read_json
+
+    manifests = sorted(runs.glob(f"*/{section}/manifest.json"), key=lambda p: p.stat().st_ctime)
+    told = [read_json(p).get("decisions", {}).get("micro_batch_tokens") for p in manifests]
+    return [f"stages.{section}.micro_batch_tokens={told[0]}"] if told and told[0] else []
 
 
 def take_turns(workers: list[Worker], repeats: int, dtype: str, request: dict) -> tuple[dict[str, list[dict]], dict[str, float]]:

@@ -11,6 +11,7 @@ import math
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from bench.harness import (
     contenders,
     every_row,
     faster,
+    first_budget,
     forget_memory,
     judge,
     make_clock,
@@ -97,7 +99,8 @@ def run_ours(folder: Path, iterations: int, handover: bool) -> dict:
     from posttrain.runs import Run, run_sections
     from rlhf import ppo
 
-    section_run, told = Run(load_recipe(folder / "recipe.yaml", [f"run.name=run-{time.time_ns()}"])), {"ends": [], "losses": [], "generate": []}
+    section_run = Run(load_recipe(folder / "recipe.yaml", [f"run.name=run-{time.time_ns()}", *first_budget(folder / "runs", "ppo")]))
+    told = {"ends": [], "losses": [], "generate": []}
     end_ours_at(lengths_in(folder))
     kept = {"metrics": Log.metrics, "sample": ppo.sample_and_score, "scores": reward.score.scores}
     last, tokens, samples = [], [], []
@@ -384,9 +387,9 @@ def main(words: list[str]) -> int:
                              "Run `make install`, or name its folder.")
     with tempfile.TemporaryDirectory(prefix="bench-ppo-") as tmp:
         base = base_model(args.model, Path(tmp))
-        with contenders("bench.ppo", ["ours", "trl default", "trl best"], args.threads, Path(tmp), args.peer.absolute(),
-                        args.memory and int(args.memory * 1e9)) as workers:
-            rows = every_row(args, base, compare, workers, Path(tmp), f"{args.samples} samples an iteration, {args.iterations} a repeat")
+        workers = partial(contenders, "bench.ppo", ["ours", "trl default", "trl best"], args.threads, Path(tmp), args.peer.absolute(),
+                          args.memory and int(args.memory * 1e9))
+        rows = every_row(args, base, compare, workers, Path(tmp), f"{args.samples} samples an iteration, {args.iterations} a repeat")
     version = next((p.name.removesuffix(".dist-info") for p in args.peer.glob("trl-*.dist-info")), None)
     return report(args, "ppo", rows, [line(r, c) for r in rows for c in r["contenders"]], HEAD, peer=version)
 

@@ -25,6 +25,7 @@ from bench.harness import (
     Worker,
     contenders,
     faster,
+    first_budget,
     forget_memory,
     make_clock,
     markdown,
@@ -72,7 +73,8 @@ def run_ours(folder: Path, name: str, order: str, stop_after: int | None, callba
     from posttrain.runs import Run, run_sections
     from reward import train
 
-    run, clock, told, fit = Run(load_recipe(folder / "recipe.yaml", [f"run.name={name}"])), make_clock(stop_after), {}, train.fit
+    run = Run(load_recipe(folder / "recipe.yaml", [f"run.name={name}", *first_budget(folder / "runs", "reward")]))
+    clock, told, fit = make_clock(stop_after), {}, train.fit
 
     def timed_fit(trainer, *rest):
         if order == "grouped":
@@ -460,17 +462,17 @@ def main(words: list[str]) -> int:
             return 0
         names = ["ours", "trl default", "trl best", *(f"ours without {t}" for t in args.without)]
         rows, skipped = [], {}
-        with contenders("bench.reward", names, args.threads, Path(tmp)) as workers:
-            for data in args.data:
-                pairs = pairs_of(args, base, data)
-                if isinstance(pairs, str):
-                    skipped[data] = pairs
-                    say(f"{data}: skipped, {pairs}")
-                    continue
-                for dtype in args.dtype:
-                    say(f"{data}, {dtype}: {args.steps} steps of {args.batch} pairs, {args.repeats} repeats", style="bold")
-                    folder = Path(tmp) / f"{data}-{dtype}"
-                    write_recipe(folder, base, data, pairs, dtype, args)
+        for data in args.data:
+            pairs = pairs_of(args, base, data)
+            if isinstance(pairs, str):
+                skipped[data] = pairs
+                say(f"{data}: skipped, {pairs}")
+                continue
+            for dtype in args.dtype:
+                say(f"{data}, {dtype}: {args.steps} steps of {args.batch} pairs, {args.repeats} repeats", style="bold")
+                folder = Path(tmp) / f"{data}-{dtype}"
+                write_recipe(folder, base, data, pairs, dtype, args)
+                with contenders("bench.reward", names, args.threads, Path(tmp)) as workers:  # new ones: old ones keep memory
                     rows.append(compare(args, base, data, dtype, workers, folder))
     done = report(args, "reward", rows, [line(r, c) for r in rows for c in r["contenders"]], HEAD, tokens_of, skipped=skipped)
     for data, why in skipped.items():

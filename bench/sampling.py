@@ -10,6 +10,7 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from bench import floors
@@ -358,8 +359,8 @@ def main(words: list[str]) -> int:
     args = options.parse_args(words)
     with tempfile.TemporaryDirectory(prefix="bench-sampling-") as tmp:
         base = base_model(args.model, Path(tmp))
-        with contenders("bench.sampling", ["ours", *args.peers], args.threads, Path(tmp)) as workers:
-            rows = every_row(args, base, compare, workers, Path(tmp), f"{args.prompts} prompts, best of {args.samples}")
+        workers = partial(contenders, "bench.sampling", ["ours", *args.peers], args.threads, Path(tmp))
+        rows = every_row(args, base, compare, workers, Path(tmp), f"{args.prompts} prompts, best of {args.samples}")
     done = report(args, "sampling", rows, [line(r, c) for r in rows for c in r["contenders"]], HEAD)
     for r in rows:
         for name, why in r["not_run"].items():

@@ -9,6 +9,7 @@ How to read what it prints: bench/README.md.
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from bench import floors
@@ -19,6 +20,7 @@ from bench.harness import (
     contenders,
     every_row,
     faster,
+    first_budget,
     forget_memory,
     judge,
     make_clock,
@@ -70,7 +72,8 @@ def run_ours(folder: Path, stop_after: int | None) -> dict:
     from posttrain.runs import Run, run_sections
     from sft import train
 
-    run, clock, told, fit = Run(load_recipe(folder / "recipe.yaml", [f"run.name=run-{time.time_ns()}"])), make_clock(stop_after), {}, train.fit
+    run = Run(load_recipe(folder / "recipe.yaml", [f"run.name=run-{time.time_ns()}", *first_budget(folder / "runs", "sft")]))
+    clock, told, fit = make_clock(stop_after), {}, train.fit
 
     def timed_fit(trainer, *rest):
         if not (folder / "handover.json").exists():
@@ -241,8 +244,8 @@ def main(words: list[str]) -> int:
     args = options.parse_args(words)
     with tempfile.TemporaryDirectory(prefix="bench-sft-") as tmp:
         base = base_model(args.model, Path(tmp))
-        with contenders("bench.sft", ["ours", "trl default", "trl best"], args.threads, Path(tmp)) as workers:
-            rows = every_row(args, base, compare, workers, Path(tmp), f"{args.steps} steps of {args.batch} demonstrations")
+        workers = partial(contenders, "bench.sft", ["ours", "trl default", "trl best"], args.threads, Path(tmp))
+        rows = every_row(args, base, compare, workers, Path(tmp), f"{args.steps} steps of {args.batch} demonstrations")
     return report(args, "sft", rows, [line(r, c) for r in rows for c in r["contenders"]], HEAD)
 
 
