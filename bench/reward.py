@@ -221,8 +221,12 @@ def settings_of(contender: str, dtype: str) -> dict:
 
 
 def tune(folder: Path, base: str, dtype: str, batch: int) -> tuple[dict, list]:
-    """TRL's best settings here, each by the seconds of the first step (after a warm-up): pairs per device, autocast, attention."""
-    search = Search(settings_of("trl best", dtype), lambda settings: {"seconds": run_peer(folder, base, dtype, settings, True, 1)["ends"][0]})
+    """TRL's best settings here, each by the seconds of its second step (the first one meets new memory): pairs per device, autocast, attention."""
+    def second_step(settings: dict) -> dict:
+        first, second = run_peer(folder, base, dtype, settings, True, 2)["ends"]
+        return {"seconds": second - first}
+
+    search = Search(settings_of("trl best", dtype), second_step)
     search.climb("per_device_train_batch_size", [n for n in (1, 2, 4, 8, 16, 32) if batch % n == 0])
     init = search.best.get("model_init_kwargs", {})
     options = [{"bf16": False}] if dtype == "bf16" else []

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read the same input, in the order of their calls
+_kept: dict = {}  # (id of a layer, role) -> the input that its group's first layer had, and this layer's output for it
 
 
 # -- adapters -----------------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def read_roles(net: nn.Module, pointer: list) -> None:
     """Make every layer of `net` that holds peft adapters compute with those of the role that `pointer` names (None: the base's own)."""
     for module in net.modules():
         if hasattr(module, "lora_A"):
-            module.role_pointer, module.kept = pointer, {}
+            module.role_pointer = pointer
             module.forward = MethodType(_adapted_forward, module)
     for module in net.modules():
         for names in TOGETHER:
@@ -82,7 +83,7 @@ def _adapted_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         low = F.linear(self.lora_dropout[role](x), self.lora_A[role].weight.to(x.dtype)) * self.scaling[role]
         result = layer(x, *args, **kwargs)
         return result + F.linear(low, self.lora_B[role].weight.to(x.dtype)).to(result.dtype)
-    source, made = self.kept.pop(role, (None, None))
+    source, made = _kept.pop((id(self), role), (None, None))
     if source is x:
         return made
     group = getattr(self, "group", [self])
@@ -94,8 +95,13 @@ def _adapted_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if member is self:
             result = out
         else:
-            member.kept[role] = (x, out)
+            _kept[id(member), role] = (x, out)
     return result
+
+
+def forget() -> None:
+    """After a pass that broke off: what it computed ahead would hold its whole graph in memory."""
+    _kept.clear()
 
 
 def _plain(layer, role: str) -> bool:

@@ -3,7 +3,8 @@
 torch's CPU flash kernel is built for long sequences: at 64 to 2,048 bf16 tokens its backward pass costs more than the matrix products
 it saves. Here the scores are made outright, block of rows by block of rows, so that what the causal mask hides is hardly ever computed:
 scores and probabilities in the input's dtype, the softmax float32 inside (measured: log-probabilities no further from float32 than with
-torch's kernel), the query heads of one key/value head side by side in one product (so grouped keys are never repeated). In a tree, a
+torch's kernel), the keys less their mean, since an offset that all scores of a row share would cost them their digits (the smoothing of
+SageAttention, https://arxiv.org/abs/2410.02367), the query heads of one key/value head side by side in one product (so grouped keys are never repeated). In a tree, a
 later answer's rows meet the prompt's keys and their own, never the other answers'. The backward pass is written out: autograd's slices
 would fill and add whole tensors for every block. A decoding step does the same for one row. Longer sequences and other dtypes go to
 transformers' sdpa function as they are.
@@ -89,6 +90,7 @@ class _Attention(torch.autograd.Function):
         g, m = key.shape[1], h // key.shape[1]
         q = query.view(b, g, m, t, d).transpose(2, 3).reshape(b * g, t * m, d)
         k, v = key.reshape(b * g, t, d), value.reshape(b * g, t, d)
+        k = (k.float() - k.mean(1, keepdim=True, dtype=torch.float32)).to(k.dtype)  # no row's softmax changes, nor a gradient
         q_scaled, out, kept = q * scaling, torch.zeros_like(q), []
         for block in blocks:
             rows, size = slice(block.start * m, block.end * m), block.end - block.start

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from posttrain import distributed, stopping
+from posttrain import adapted, distributed, stopping
 from posttrain.errors import PosttrainError
 from posttrain.runs import Section, digest, write_atomic, write_lines
 
@@ -58,6 +58,7 @@ def with_fewer_rows(section: Section, work: Callable):
                 raise
         section.manifest["decisions"]["rows_at_once"] = rows // 2  # here, where the exception and what it held are gone
         section.inexact(f"the GPU's memory ran out with {rows} samples side by side: {rows // 2} from now on")
+        adapted.forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

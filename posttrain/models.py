@@ -318,7 +318,7 @@ class Roles:
                                      f"({source.parent.name}) has rank {mine.r} on {mine.target_modules}", "the same rank and targets",
                                      "Change model.lora or train the earlier stage again.")
             lora, tensors = mine, load_file(source / "adapter_model.safetensors")
-        self._inject(name, lora)
+        self._inject(name, lora, lora.dropout if trainable else 0.0)
         if self.added:
             sharding.rest(net)
             net.token_rows[name] = nn.ParameterDict({k: sharding.whole(net.get_submodule(m).weight.data)[self.added].float()
@@ -344,11 +344,12 @@ class Roles:
         return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=self._targets(lora), bias="none",
                           task_type="SEQ_CLS" if head else "CAUSAL_LM", modules_to_save=["score"] if head else None, trainable_token_indices=rows)
 
-    def _inject(self, name: str, lora: LoraSettings) -> None:
+    def _inject(self, name: str, lora: LoraSettings, dropout: float) -> None:
+        """dropout: 0 for a frozen role, whose layers a trainer of another role puts in training mode too."""
         from peft import LoraConfig, inject_adapter_in_model
 
         frozen = {n: p.requires_grad for n, p in self.base.named_parameters()}
-        inject_adapter_in_model(LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
+        inject_adapter_in_model(LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=dropout, bias="none",
                                            target_modules=self._targets(lora)), self.base, name)
         adapted.read_roles(self.base, self.pointer)
         self.base.eval()  # new adapters come in training mode, with their dropout on

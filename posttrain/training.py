@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from posttrain import distributed, memory, sharding, stopping
+from posttrain import adapted, distributed, memory, sharding, stopping
 from posttrain.errors import PosttrainError
 from posttrain.models import Role, Roles
 from posttrain.packing import MicroBatch, Tree, collate, token_budget
@@ -107,6 +107,7 @@ def smaller_budget(section: Section, budget: int, batches: list[MicroBatch]) -> 
     smaller = max(1, min(budget, largest) // 2)
     section.manifest.setdefault("decisions", {})["micro_batch_tokens"] = smaller
     section.inexact(f"the GPU's memory ran out in a micro-batch of {largest} tokens: {smaller} from now on")
+    adapted.forget()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return smaller

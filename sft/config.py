@@ -49,6 +49,9 @@ class GattStage(AnsweringConfig):
     max_prompt_tokens: int = Field(4096, ge=1, description="of a prompt with the instruction on every turn")
     chunk: int = Field(32, ge=1, description="rows per chunk: the unit of resume")
 
+    def idle(self) -> dict:
+        return super().idle() | {"kinds": ["hobby", "language", "figure"]}
+
     @field_validator("kinds")
     @classmethod
     def _once_each(cls, kinds: list[str]) -> list[str]:

@@ -1,11 +1,14 @@
 """The written-out layers against autograd's own way through their formulas, in double precision."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from posttrain import adapted
+from posttrain import adapted, training
 from posttrain.builtin import folder
+from posttrain.chunks import with_fewer_rows
 from posttrain.config import ModelConfig
 from posttrain.models import load_network
 
@@ -39,7 +42,7 @@ def test_layers_of_one_input_and_their_gradients_are_the_formula_s(layer, part, 
     outs, right = [m(x) for m in linears], [by_hand(m, exact) for m in linears]
     for ours, theirs in zip(outs, right, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
-    assert all(not m.kept for m in linears)
+    assert not adapted._kept
     for ours, theirs in zip(gradients(sum((o ** 3).sum() for o in outs), [x, *weights]),
                             gradients(sum((o ** 3).sum() for o in right), [exact, *weights]), strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=2e-4, atol=2e-3)
@@ -54,6 +57,24 @@ def test_a_member_called_alone_out_of_order_or_with_another_input_is_right_too(l
     attention.q_proj(X)
     roles.use("other")
     torch.testing.assert_close(attention.k_proj(X).double(), by_hand(attention.k_proj, X.double(), "other"), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pass_that_broke_off_leaves_no_graph_once_memory_ran_out(layer, monkeypatch):
+    adapted.forget()
+    layer[1].mlp.gate_proj(X)  # up_proj is never called
+    assert adapted._kept
+    section = SimpleNamespace(manifest={}, inexact=lambda why: None, config=None, place="here")
+    batch = SimpleNamespace(input_ids=torch.zeros(2, 8), items=[0, 1])
+    assert training.smaller_budget(section, 16, [batch]) == 8 and not adapted._kept
+    layer[1].mlp.gate_proj(X)
+    section.manifest["decisions"], calls = {"rows_at_once": 8}, iter([torch.OutOfMemoryError(), None])
+
+    def work():
+        if found := next(calls):
+            raise found
+        return len(adapted._kept)
+
+    assert with_fewer_rows(section, work) == 0
 
 
 def test_an_output_that_nobody_uses_has_a_zero_gradient(layer):
@@ -73,8 +94,12 @@ def test_dropout_is_applied_where_a_role_trains_with_it(make_roles, scramble):
     roles.use("policy")
     q = roles.base.model.layers[0].self_attn.q_proj
     assert torch.equal(q(X), q(X))
+    scramble(roles.add("frozen", fresh_adapter=True), 2)
     q.train()
+    roles.use("policy")
     assert not torch.equal(q(X), q(X))
+    roles.use("frozen")
+    assert torch.equal(q(X), q(X))
 
 
 # -- norms ----------------------------------------------------------------------------------------------------------------------------
