@@ -26,7 +26,7 @@ reproduce: install  ## the whole of the paper on the demo's model, and its direc
 	$(BIN)/python -m posttrain run recipes/smollm2-135m-paper.yaml $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 run: install
 	$(BIN)/python -m posttrain run $(RECIPE) $(ARGS)

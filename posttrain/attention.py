@@ -1,13 +1,13 @@
 """Attention for short sequences on a CPU, registered with transformers as 'short_cpu'.
 
-torch's CPU flash kernel is built for long sequences: at 64 to 2,048 bf16 tokens its backward pass costs more than the matrix products
-it saves. Here the scores are made outright, block of rows by block of rows, so that what the causal mask hides is hardly ever computed:
-scores and probabilities in the input's dtype, the softmax float32 inside (measured: log-probabilities no further from float32 than with
-torch's kernel), the keys less their mean, since an offset that all scores of a row share would cost them their digits (the smoothing of
-SageAttention, https://arxiv.org/abs/2410.02367), the query heads of one key/value head side by side in one product (so grouped keys are never repeated). In a tree, a
-later answer's rows meet the prompt's keys and their own, never the other answers'. The backward pass is written out: autograd's slices
-would fill and add whole tensors for every block. A decoding step does the same for one row. Longer sequences and other dtypes go to
-transformers' sdpa function as they are.
+torch's CPU flash kernel is built for long sequences: at 64 to 2,048 bf16 tokens its backward pass costs more than the matrix products it saves.
+Here the scores are made outright, block of rows by block of rows, so that what the causal mask hides is hardly ever computed: scores and
+probabilities in the input's dtype, the softmax float32 inside (measured: log-probabilities no further from float32 than with torch's kernel), the
+keys less their mean, since an offset that all scores of a row share would cost them their digits (the smoothing of SageAttention,
+https://arxiv.org/abs/2410.02367), the query heads of one key/value head side by side in one product (so grouped keys are never repeated). In a
+tree, a later answer's rows meet the prompt's keys and their own, never the other answers'. The backward pass is written out: autograd's slices
+would fill and add whole tensors for every block. A decoding step does the same for one row. Longer sequences and other dtypes go to transformers'
+sdpa function as they are.
 """
 
 from dataclasses import dataclass

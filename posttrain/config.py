@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from posttrain import confidential
 from posttrain.errors import PosttrainError
+from posttrain.http_client import checked_address, checked_variable
 from posttrain.stages import STAGES, load_config_class
 
 
@@ -105,6 +106,10 @@ class StageConfig(Strict):
         """Files of this program itself that the stage's result depends on: their content is part of its fingerprint."""
         return []
 
+    def check(self, section, ready: bool) -> None:
+        """Raise PosttrainError for what is wrong with the section and seen without a model. ready: the sections that it names are done; else the recipe
+        and the data sets say what they can."""
+
     @model_serializer(mode="wrap")
     def _used_keys(self, dump):
         """Without idle keys: such a section keeps the fingerprint it had before they existed."""
@@ -112,15 +117,47 @@ class StageConfig(Strict):
         return {k: v for k, v in dump(self).items() if k not in idle or v != idle[k]}
 
 
+class ServersConfig(Strict):
+    """Servers that sample (posttrain/server_engine.py). Where they are is no part of the result (exclude): a section goes on with others."""
+
+    base_urls: Annotated[list[str], Field(min_length=1)] = Field(exclude=True, description="of each server, mostly ending in /v1: https anywhere, http on "
+                                                                                           "this machine alone (an ssh tunnel brings a port here)")
+    model: str | None = Field(None, min_length=1, description="the policy's name at servers that hold it already; null: adapters are sent to vLLM servers as "
+                                                              "they change")
+    api_key_env: str | None = Field(None, exclude=True, description="NAME of the environment variable that holds the key; never the key")
+    timeout: float = Field(600, gt=0, exclude=True, description="seconds for one answer")
+
+    @field_validator("base_urls")
+    @classmethod
+    def _safe(cls, urls: list[str]) -> list[str]:
+        urls = [checked_address(url) for url in urls]
+        if len(set(urls)) < len(urls):
+            raise PydanticCustomError("base_urls", "Each server once")
+        return urls
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _name(cls, name: str | None) -> str | None:
+        return checked_variable(name)
+
+
 class AnsweringConfig(StageConfig):
     """What every stage that samples answers shares."""
 
     max_new_tokens: int = Field(512, ge=1)
     batch: int = Field(64, ge=1, description="samples decoded side by side")
-    engine: Literal["ours", "vllm"] = Field("ours", description="what samples: our own loop, or vLLM where it is installed (extra [vllm])")
+    engine: Literal["ours", "vllm", "server"] = Field("ours", description="what samples: our own loop, vLLM where it is installed (extra [vllm]), or `servers`")
+    servers: ServersConfig | None = Field(None, description="OpenAI-compatible servers that sample; with engine: server alone")
 
     def idle(self) -> dict:
-        return super().idle() | {"engine": "ours"}
+        return super().idle() | {"engine": "ours", "servers": None}
+
+    @field_validator("servers")
+    @classmethod
+    def _with_its_engine(cls, servers, info: ValidationInfo):
+        if (info.data.get("engine") == "server") != (servers is not None):
+            raise PydanticCustomError("servers", "Addresses with engine: server, none without")
+        return servers
 
 
 def both_models(safety: str | None, info: ValidationInfo) -> str | None:

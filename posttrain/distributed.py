@@ -61,7 +61,12 @@ def is_main() -> bool:
 
 def leads() -> bool:
     """Whether this is the launcher's first process, also while it works alone: what all share on disk, it alone writes."""
-    return _from_launcher("RANK", 0) == 0
+    return number() == 0
+
+
+def number() -> int:
+    """Which of all processes this is, also while it works alone."""
+    return _from_launcher("RANK", 0)
 
 
 def check_launcher() -> None:
@@ -103,8 +108,9 @@ def shards(model) -> bool:
     return model.sharding == "full" or _launcher_shards or _launcher_zero > 0
 
 
-def check_sharding(model, kind: str, able: bool, place: str) -> None:
-    """Raises PosttrainError where a section of this kind, able to cut its models or not, cannot do what `shards` asks for. Before anything loads."""
+def check_sharding(model, kind: str, able: bool, place: str, processes: int | None = None) -> None:
+    """Raises PosttrainError where a section of this kind, able to cut its models or not, cannot do what `shards` asks for. Before anything loads.
+    processes: how many there will be; None: those that are."""
     if not shards(model):
         return
     asked = f"ZeRO stage {_launcher_zero}" if _launcher_zero else "'full'"
@@ -122,7 +128,7 @@ def check_sharding(model, kind: str, able: bool, place: str) -> None:
     if able and model.quantization != "none":
         raise PosttrainError(where, f"{asked} with quantization: {model.quantization}", "an unquantized base to cut",
                              "Set model.quantization: none, or model.sharding: none with ddp.yaml or torchrun: each process holds the whole quantized base.")
-    if able and world() == 1:
+    if able and (processes or world()) == 1:
         raise PosttrainError(where, f"{asked} in one process", "several processes to cut the model over",
                              "Start it with `torchrun --nproc-per-node N -m posttrain run RECIPE`, or set model.sharding: none.")
 

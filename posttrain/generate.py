@@ -109,6 +109,8 @@ def rows_at_once(section, roles: Roles, longest: int) -> int:
     resume, whatever is free then."""
     def choose() -> int:
         wanted, width = section.config.batch, longest + section.config.max_new_tokens
+        if getattr(section.config, "engine", "ours") == "server":
+            return wanted
         each, free = row_bytes(roles, width), free_memory(roles)
         fit = int(free * KV_SHARE / each)
         if fit < 1:

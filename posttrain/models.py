@@ -560,4 +560,8 @@ def roles_for(section) -> Roles:
         from posttrain import vllm_engine
 
         roles.engine = vllm_engine.VLLM(section, roles.dtype)
+    if getattr(section.config, "engine", "ours") == "server":
+        from posttrain import server_engine
+
+        roles.engine = server_engine.Servers(section)
     return roles

@@ -6,7 +6,9 @@ answer by the last token of the prompt. Two layouts give the same numbers:
 rows    CPU: sequences of similar length side by side, padded on the right. Causal attention never looks right, so no mask is
         needed; a tree gets a boolean mask that keeps its answers from seeing each other.
 packed  GPU: everything in one row with position ids that restart. transformers keeps the documents apart only when there is no
-        attention mask and no cache (masking_utils.py, packed sequence detection); tests hold that. Trees are unrolled.
+        attention mask and no cache (masking_utils.py, packed sequence detection); tests hold that. Trees are unrolled: with K
+        answers the prompt is there K times. With sdpa transformers' own mask is as large as the row is long, squared; where a prompt
+        is shared, reward models therefore score in rows on a GPU too (reward/score.py:laid_out; docs/scaling.md counts both).
 """
 
 from dataclasses import dataclass

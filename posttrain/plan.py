@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote_plus
 
-from posttrain import cards, data, memory, plan_page
+from posttrain import cards, data, distributed, memory, plan_page
 from posttrain import config as cfg
 from posttrain.errors import PosttrainError
 from posttrain.formats import FORMATS
@@ -277,7 +277,8 @@ class Planner:
 
     def cut(self, kind: str) -> int:
         """Over how many cards a section of this kind cuts what it trains (posttrain/sharding.py)."""
-        return self.card.count if self.card and self.model.sharding == "full" and STAGES[kind].sharded else 1
+        able = self.model.sharding == "full" and self.model.quantization == "none" and STAGES[kind].sharded
+        return self.card.count if self.card and able else 1
 
     def gathered(self) -> float:
         """Bytes that a card holds whole of a model that is cut: embeddings and vocabulary head, a layer and the one fetched ahead, and in full training
@@ -593,6 +594,10 @@ def plan(recipe: cfg.Recipe, gpu: str | float | None = None, sections: list[str]
     for row in rows:
         row |= {"run": recipe.run.name, "recipe": recipe.path}
         row |= {"model": recipe.model.name_or_path, "quantization": recipe.model.quantization}
+        try:
+            distributed.check_sharding(recipe.model, row["kind"], STAGES[row["kind"]].sharded, row["section"], card.count if card else None)
+        except PosttrainError as e:
+            row["warnings"].append(f"it does not start: {e.found}. {e.do}")
         if card is not None:
             row |= {"gpu": card, "headroom": headroom(row["memory"], card)}
             row["fits"] = row["headroom"] >= 0

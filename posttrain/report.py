@@ -17,7 +17,7 @@ from posttrain.log import duration
 from posttrain.plots import UNSHOWN
 from posttrain.report_directions import counted, directions_of
 from posttrain.report_evaluate import paired
-from posttrain.report_parts import FAULTS, PARTS, keys_of, other_part
+from posttrain.report_parts import FAULTS, PARTS, keys_of, optimistic, other_part
 from posttrain.report_pieces import Part, some, table
 from posttrain.report_views import (
     GAP,
@@ -145,7 +145,7 @@ def headline(vs: list[View]) -> str:
         gain, kl = interval(dig(v.results, "watched", "paired_difference")), v.get("watched", "kl")
         if gain:
             return f"PPO changed the watched merged reward by {fixed(gain.mean, sign=True)}{bounds(gain, sign=True)}" + (
-                f", {fixed(kl, 1)}{GAP}nats from where it started" if kl is not None else "")
+                f", {fixed(kl, 1)}{GAP}nats from where it started" if kl is not None else "") + optimistic(v, "; the")
     for v in (v for v in last_first if v.kind == "sft"):
         before, after = v.get("held_out_loss_before"), v.get("held_out_loss_after")
         if before is not None and after is not None:

@@ -405,9 +405,16 @@ def ppo_part(vs: list[View]) -> Part:
         ("KL, kept (nats)", at("watched", "kl", form=fixed, digits=1)),
         ("safety threshold", said("safety_threshold")), ("seconds generating", average("ppo/seconds_generate", 1)),
         ("seconds scoring", average("ppo/seconds_score", 1)), ("seconds updating", average("ppo/seconds_update", 1)),
-        ("tokens a second", average("ppo/tokens_per_second"))], "Seconds and tokens a second are means over iterations.")
+        ("tokens a second", average("ppo/tokens_per_second"))], "Seconds and tokens a second are means over iterations."
+                       + max(optimistic(v, " The", ".") for v in vs))
     part.folds = everything(vs)
     return part
+
+
+def optimistic(v: View, before: str, after: str = "") -> str:
+    """That PPO's gain is measured on what chose it; TRL's algorithms keep the last policy."""
+    words = f"{before} kept iteration was chosen on the watched prompts: its gain there is optimistic{after}"
+    return words if v.results.get("algorithm", "ppo") == "ppo" else ""
 
 
 def kept_mark(v: View) -> tuple[float, str] | None:
@@ -431,7 +438,7 @@ def ppo_reward_figure(vs: list[View], v: View) -> list[Figure]:
         takeaway = f"One point was recorded: a merged reward of {fixed((held or train).ys[-1])}"
     svg = plots.lines(f"ppo-reward-{v.name}", some(train, held), "iteration", merged_axis(v), mark=kept_mark(v))
     return drawn(named(vs, v, "Merged reward"), takeaway, "Merged reward over iterations", svg,
-                 "The dotted line marks the iteration that was kept." if kept_mark(v) else "")
+                 "The dotted line marks the iteration that was kept." + (optimistic(v, " The", ".") if gain else "") if kept_mark(v) else "")
 
 
 def ppo_kl_figure(vs: list[View], v: View) -> list[Figure]:
@@ -444,7 +451,8 @@ def ppo_kl_figure(vs: list[View], v: View) -> list[Figure]:
     takeaway += f"; the farthest it went was {fixed(max(shown.ys), 1)}"
     svg = plots.lines(f"ppo-kl-{v.name}", some(train, held), "iteration", "KL of a whole answer (nats)", mark=kept_mark(v))
     return drawn(named(vs, v, "Distance from the starting policy"), takeaway, "Mean sequence KL over iterations", svg,
-                 "Log-probability ratio to the frozen starting policy, summed over an answer's tokens, mean over answers.")
+                 "To the frozen starting policy, summed over an answer's tokens, mean over answers: on training prompts the log-ratio of the drawn "
+                 "tokens, on watched prompts the KL over the whole vocabulary, which scatters less.")
 
 
 def ppo_scores_figure(vs: list[View], v: View) -> list[Figure]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from posttrain import config as cfg
 from posttrain import distributed, stopping
 from posttrain.errors import PosttrainError
-from posttrain.log import Log, duration, say
+from posttrain.log import Log, duration, read_lines, say
 from posttrain.stages import STAGES, load_module
 
 FORMAT = 1  # of the run folder; raised when an older folder can no longer be continued
@@ -175,6 +175,25 @@ class Section:
                                  f"Set data.held_out.{kind}, or held_out: false for a set made for evaluation.")
         return found
 
+    def check_deviations(self, helpfulness: str, safety: str, ready: bool) -> None:
+        """Raise PosttrainError where standardize_rewards meets a reward model without a mean and deviation of held-out scores. ready: as in
+        StageConfig.check."""
+        if not self.config.standardize_rewards:
+            return
+        for name, ref in (("helpfulness", helpfulness), ("safety", safety)):
+            if ref == "base":
+                continue
+            if ready or not ref.startswith("@"):
+                folder = self.parent(ref).folder if ref.startswith("@") else Path(ref).expanduser().parent
+                known, words = read_json(folder / "results.json").get("score_std"), f"{folder.name} has"
+            else:  # what the section will hold out, where that is rows of data sets
+                own, words = getattr(self.recipe.stages[ref[1:]], "own", ["@"]), f"{ref[1:]} will have"
+                known = any(n.startswith("@") or self.run.data_of(n).held_out for n in own)
+            if not known:
+                raise PosttrainError(f"{self.place}.standardize_rewards", f"the {name} model in {words} no mean and deviation of held-out scores",
+                                     "reward models trained with held-out pairs of their own",
+                                     "Set data.held_out.pairs, or standardize_rewards: false.")
+
     def count_rows(self) -> None:
         """Say what is left out of the section's data, and keep the counts in the manifest."""
         self.manifest["rows"] = {name: self.run.data_of(name).counts for name in self.data_names()}
@@ -205,12 +224,28 @@ class Section:
         return decisions[key]
 
     def inexact(self, why: str) -> None:
-        """Say and store that bit-identity with an uninterrupted run is off."""
+        """Say and store that bit-identity with an uninterrupted run is off: in the manifest, or beside it where another process writes that one."""
         if self.manifest.get("exact", True):
             say(f"  note: {why}; the result may differ in the last bits from an uninterrupted run")
         self.manifest["exact"] = False
         self.manifest.setdefault("inexact_because", []).append(why)
+        if distributed.leads():
+            self.save_manifest()
+            return
+        with (self.folder / f".inexact-{distributed.number()}").open("a", encoding="utf-8") as f:
+            f.write(json.dumps(why) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+    def take_reasons(self) -> None:
+        """Into the manifest, what other processes wrote beside it: those of a run that was killed before they could `settle` too."""
+        if not (paths := sorted(self.folder.glob(".inexact-*")) if distributed.leads() else []):
+            return
+        told = self.manifest.get("inexact_because", [])
+        self.manifest |= {"exact": False, "inexact_because": list(dict.fromkeys([*told, *(why for path in paths for why in read_lines(path))]))}
         self.save_manifest()
+        for path in paths:
+            path.unlink()
 
     def settle(self, key: str) -> int | None:
         """After the processes decided a number each for itself: the smallest, from now on in all. The manifest has it, and every reason. All call it."""
@@ -316,6 +351,7 @@ class Section:
         write_json(self.folder / "results.json", results)
         self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S")
         self.manifest["seconds"] = round(self.manifest.get("seconds", 0) + time.time() - self.run.clock, 1)
+        self.take_reasons()
         self.manifest["files"] = distributed.from_main(self.checksums)
         self.save_manifest()
         write_atomic(self.folder / "DONE", self.fingerprint + "\n")
@@ -436,6 +472,7 @@ class Run:
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "exact": True, **provenance(),
             }
             section.save_manifest()
+        section.take_reasons()
         config = cfg.dump_yaml({"section": section.name, "model": self.recipe.model.model_dump(), "stage": section.config.model_dump()})
         path = section.folder / "config.yaml"
         if section.state() != "done" and (not path.exists() or path.read_bytes() != config.encode()):
@@ -517,6 +554,9 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
     names = cfg.order(run.recipe) if whole else names
     with run.lock():
         began = time.time()
+        for section in map(run.section, names):  # of all before the first starts: it may train for days
+            if distributed.from_main(section.state) != "done":
+                distributed.check_sharding(run.recipe.model, section.kind, STAGES[section.kind].sharded, section.place)
         for i, name in enumerate(names, 1):
             stopping.check_together()
             section = run.section(name)
@@ -537,6 +577,7 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
             _refuse_processes(section)
             for ref in dict.fromkeys(cfg.references(section.config.model_dump())):
                 run.section(ref).check_files(whole=True)
+            section.config.check(section, ready=True)
             if state == "changed":
                 shown = section.changes()
                 say(f"{title}: runs again, because {'; '.join(shown[:4])}{f' and {len(shown) - 4} more' if len(shown) > 4 else ''}"
@@ -572,7 +613,6 @@ def _refuse_processes(section: Section) -> None:
         able = " and ".join(kind for kind, stage in STAGES.items() if stage.processes)
         raise PosttrainError(section.place, f"{distributed.world()} processes for a section of kind {section.kind}", f"one process ({able} take several)",
                              f"Run it first: `python -m {stage_home(section.kind)} {section.recipe.path} {section.name}`; then this command goes on.")
-    distributed.check_sharding(section.recipe.model, section.kind, STAGES[section.kind].sharded, section.place)
 
 
 def sections_of(recipe: cfg.Recipe, kinds: set[str]) -> list[str]:
@@ -606,6 +646,10 @@ def preflight(run: Run, names: list[str] | None = None) -> None:
             from posttrain import vllm_engine
 
             vllm_engine.check(recipe.model, f"{recipe.path}: stages.{name}.engine")
+        if getattr(recipe.stages[name], "engine", "ours") == "server":
+            from posttrain import server_engine
+
+            server_engine.check(recipe.stages[name].servers, recipe.model, f"{recipe.path}: stages.{name}.servers")
         if getattr(recipe.stages[name], "gguf", None):
             from posttrain import gguf
 
@@ -619,3 +663,4 @@ def preflight(run: Run, names: list[str] | None = None) -> None:
                 if made != wanted:
                     raise PosttrainError(f"{recipe.path}: stages.{name}.{field_name}", f"'@{ref}' makes {made}", f"a section that makes {wanted}",
                                          MAKERS[wanted])
+        recipe.stages[name].check(Section(run, name, recipe.stages[name]), ready=False)

@@ -70,6 +70,17 @@ def token_entropy(hidden: Tensor, weight: Tensor, temperature: float = 1.0) -> T
     return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.float32)
 
 
+def token_kl(hidden: Tensor, weight: Tensor, other_hidden: Tensor, other_weight: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL of the next-token distribution to the other one at each position, over the whole vocabulary, in nats. hidden (N, d), weight (V, d), the
+    other's of any width -> (N,). Not differentiable."""
+    out, step = [], CHUNK // 4  # four tables of logits exist at the same time
+    with torch.no_grad():
+        for i in range(0, len(hidden), step):
+            p, q = (torch.log_softmax(_logits(h[i:i + step], w, temperature), dim=-1) for h, w in ((hidden, weight), (other_hidden, other_weight)))
+            out.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.float32)
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x where mask is True; both of the same shape. The mask must count something."""
     if not mask.any():

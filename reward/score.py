@@ -10,8 +10,9 @@ from posttrain import chat
 from posttrain.errors import PosttrainError
 from posttrain.log import Ticker
 from posttrain.models import Roles, source_of
-from posttrain.packing import Tree, collate, token_budget, tree
+from posttrain.packing import Tree, collate, cost, token_budget, tree
 from posttrain.runs import Section, read_json
+from posttrain.training import smaller_budget
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 PROBE = "Words of every kind: 3,141 naïve tests\n\t(what else?) and 漢字."
@@ -22,14 +23,26 @@ DIALOGUES = ([ASKED], [ASKED, ANSWERED, ASKED], [{"role": "system", "content": "
 def scores(roles: Roles, role: str, trees: list[Tree], budget: int, ticker: Ticker | None = None) -> list[list[float]]:
     """Raw score (the logit) of every answer of every tree, under one reward role. ticker: counts answers."""
     out: list[list[float]] = [[] for _ in trees]
+    layout, groups = laid_out(roles, role, trees, budget)
     with torch.inference_mode():
-        for group in token_budget(trees, budget, roles.layout):
-            batch = collate(trees, group, roles.layout, roles.tokenizer.pad_token_id).to(roles.device)
+        for group in groups:
+            batch = collate(trees, group, layout, roles.tokenizer.pad_token_id).to(roles.device)
             for item, value in zip(batch.items, roles.scalars(role, batch).tolist(), strict=True):
                 out[item].append(value)
             if ticker:
                 ticker.advance(len(batch.items))
     return out
+
+
+def laid_out(roles: Roles, role: str, trees: list[Tree], budget: int) -> tuple[str, list[list[int]]]:
+    """(layout, micro-batches) of the fewest tokens, padding included: where answers share a prompt mostly rows, on a GPU too. With sdpa both have a
+    mask there, which looks at no sliding window in a tree."""
+    groups = {layout: token_budget(trees, budget, layout) for layout in (roles.layout, "rows")}
+    tokens = {"packed": sum(cost(t, "packed") for t in trees), "rows": sum(len(g) * max(len(trees[i]) for i in g) for g in groups["rows"])}
+    window = getattr(roles[role].net.config, "sliding_window", None)
+    slides = window is not None and any(t.prompt + b - a > window for t in trees for a, b in t.spans)
+    layout = roles.layout if slides else min(groups, key=tokens.get)
+    return layout, groups[layout]
 
 
 def raw_score(share: float) -> float:
@@ -40,8 +53,9 @@ def raw_score(share: float) -> float:
 @dataclass
 class Scorer:
     """Both reward models on one base. `threshold` is a raw score: the gate's on R_s. statistics: the mean and deviation of each model's held-out
-    scores, where scores are standardized before they are merged; else empty."""
+    scores, where scores are standardized before they are merged; else empty. budget: tokens of a micro-batch, fewer once the GPU's memory ran out."""
 
+    section: Section
     roles: Roles
     threshold: float
     threshold_note: str
@@ -57,7 +71,13 @@ class Scorer:
         end = chat.end_of_turn(self.roles.tokenizer)
         closed = [[a if a[-1] == end else [*a, end] for a in group] for group in answers]
         trees = [tree(p, group) for p, group in zip(prompts, closed, strict=True)]
-        return {name: scores(self.roles, name, trees, self.budget) for name in ("helpfulness", "safety")}
+        while True:
+            try:
+                return {name: scores(self.roles, name, trees, self.budget) for name in ("helpfulness", "safety")}
+            except torch.OutOfMemoryError:
+                pass
+            layout, groups = laid_out(self.roles, "safety", trees, self.budget)
+            self.budget = smaller_budget(self.section, self.budget, [collate(trees, group, layout) for group in groups])
 
 
 def load_scorer(section: Section, roles: Roles, helpfulness: str, safety: str, threshold, budget: int) -> Scorer:
@@ -65,6 +85,7 @@ def load_scorer(section: Section, roles: Roles, helpfulness: str, safety: str, t
 
     threshold: a share on sigma(R_s), or 'auto': the score at which the safety model's own held-out rows give precision 0.9.
     """
+    section.check_deviations(helpfulness, safety, ready=True)
     statistics = {}
     for name, ref in (("helpfulness", helpfulness), ("safety", safety)):
         source = source_of(section, ref)
@@ -73,10 +94,6 @@ def load_scorer(section: Section, roles: Roles, helpfulness: str, safety: str, t
         _same_tokenizer(section, roles, source, name)
         roles.add(name, source, head="saved")
         told = read_json(source.parent / "results.json")
-        if section.config.standardize_rewards and not told.get("score_std"):
-            raise PosttrainError(f"{section.place}.standardize_rewards", f"the {name} model in {source.parent.name} has no mean and deviation of "
-                                 "held-out scores", "reward models trained with held-out pairs of their own",
-                                 "Set data.held_out.pairs, or standardize_rewards: false.")
         if section.config.standardize_rewards:
             statistics[name] = told["score_mean"], told["score_std"]
         auto = told.get("threshold_precision_90") if name == "safety" else None
@@ -84,7 +101,7 @@ def load_scorer(section: Section, roles: Roles, helpfulness: str, safety: str, t
         if threshold == "auto" else (float(threshold), f"{threshold} (recipe)")
     if threshold == "auto" and auto is None:
         note = "0.15 (no score reaches precision 0.9 on the safety model's held-out rows)"
-    return Scorer(roles, raw_score(share), f"sigma(R_s) < {share:.3f}, {note}", statistics, budget)
+    return Scorer(section, roles, raw_score(share), f"sigma(R_s) < {share:.3f}, {note}", statistics, budget)
 
 
 def _same_tokenizer(section: Section, roles: Roles, source: Path, name: str) -> None:

@@ -6,6 +6,14 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain.config import AnsweringConfig, DataNames, ModelRef, StageConfig, both_models
+from posttrain.data import only, prompt_key
+from posttrain.errors import PosttrainError
+from posttrain.formats import Prompt
+
+
+def few_prompts(place: str, prompts: list[Prompt]) -> PosttrainError:
+    return PosttrainError(f"{place}.prompts", f"{len(prompts)} prompts, {len({*map(prompt_key, prompts)})} of them different",
+                          "at least 4, better several hundred", "Add prompts: half of them or eval_prompts are kept aside for early stopping.")
 
 
 class SamplingConfig(AnsweringConfig):
@@ -19,6 +27,9 @@ class SamplingConfig(AnsweringConfig):
                                               "merge; the gate still reads the raw R_s (method.md 10.3)")
     max_prompt_tokens: int = Field(1024, ge=1)
     micro_batch_tokens: int | None = Field(None, ge=16)
+
+    def check(self, section, ready: bool) -> None:
+        section.check_deviations(self.helpfulness, self.safety, ready)
 
 
 class RejectionStage(SamplingConfig):
@@ -72,7 +83,7 @@ class PPOStage(SamplingConfig):
     unfinished_score: float | None = Field(-1.0, description="ceiling of the whitened score of an answer that was cut off; null: no ceiling, its "
                                            "score as an answer that ends there stands")
     critic_warmup: int = Field(10, ge=0, description="most critic-only iterations before PPO begins")
-    critic_warmup_target: float = Field(0.2, le=1, description="explained variance that ends the critic's warm-up")
+    critic_warmup_target: float = Field(0.2, le=1, description="explained variance of rewards-to-go (lambda 1) that ends the critic's warm-up")
     weight_decay: float = Field(0.1, ge=0)
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -82,7 +93,8 @@ class PPOStage(SamplingConfig):
     eval_prompts: int = Field(64, ge=2, description="held-out prompts for early stopping")
     eval_samples: int = Field(1, ge=1)
     patience: int = Field(5, ge=1, description="evaluations without a better held-out reward before PPO stops")
-    max_kl: float | None = Field(None, gt=0, description="nats per sequence on held-out prompts; a checkpoint beyond it is never the best")
+    max_kl: float | None = Field(None, gt=0, description="nats per answer on the prompts kept aside, over the whole vocabulary at `temperature`; a "
+                                 "checkpoint beyond it is never the best")
     save_steps: int = Field(5, ge=1, description="iterations between checkpoints")
     sample_every: int = Field(5, ge=1)
     entropy: bool = Field(False, description="tell the mean entropy of the policy's distribution over response tokens; one more pass of the vocabulary")
@@ -90,8 +102,10 @@ class PPOStage(SamplingConfig):
     @field_validator("algorithm")
     @classmethod
     def _sampled_by_us(cls, algorithm: str, info: ValidationInfo) -> str:
-        if algorithm != "ppo" and info.data.get("engine") == "vllm":
-            raise PydanticCustomError("engine", "Ppo with engine: vllm (TRL samples for the others)")
+        if algorithm != "ppo" and info.data.get("engine") != "ours":
+            raise PydanticCustomError("engine", "Ppo with engine: {engine} (TRL samples for the others)", {"engine": info.data.get("engine")})
+        if getattr(info.data.get("servers"), "model", None):
+            raise PydanticCustomError("servers", "No servers.model: the policy changes, so servers take its adapters (vLLM)")
         return algorithm
 
     @field_validator("samples_per_prompt")
@@ -101,6 +115,13 @@ class PPOStage(SamplingConfig):
         if batch % samples or mini % samples:
             raise PydanticCustomError("samples_per_prompt", "A divisor of batch_size {batch} and mini_batch_size {mini}", {"batch": batch, "mini": mini})
         return samples
+
+    def check(self, section, ready: bool) -> None:
+        super().check(section, ready)
+        if ready or not any(name.startswith("@") for name in self.prompts):
+            found = only([p for name in self.prompts for p in section.run.data_of(name).train], Prompt, f"{section.place}.prompts")
+            if len(found) < 4 or len({*map(prompt_key, found)}) < 2:
+                raise few_prompts(section.place, found)
 
     def idle(self) -> dict:
         return super().idle() | {"algorithm": "ppo", "pairs": [], "kl_estimator": "k1", "passes": 1, "score_clip": None, "entropy": False}

@@ -28,7 +28,8 @@ from posttrain.training import budget_of, memory_taken, smaller_budget
 from reward.score import Scorer, load_scorer
 from rlhf import checkpoint, credit, gate, losses
 from rlhf.checkpoint import State
-from rlhf.rollout import Batches, Encoded, Rollout, Scored, answer_trees, encode_prompts, make_batches, rows_at_once, sample_and_score, sequence_kl
+from rlhf.config import few_prompts
+from rlhf.rollout import Batches, Encoded, Rollout, Scored, answer_trees, encode_prompts, exact_kl, make_batches, rows_at_once, sample_and_score, table
 
 PAPER_RATE, ADAPTER_RATE, CRITIC_RATE, ADAPTER_CRITIC_RATE = 1e-6, 1e-5, 1e-5, 1e-4
 WHITEN_ALONE = 128  # samples an iteration needs to be whitened by its own statistics (method.md 10.1)
@@ -44,9 +45,10 @@ def run(section: Section) -> None:
 
         return trl_algorithms.run(section)
     # 1. five roles on one base
-    roles, scorer = load_roles(section)
+    roles = roles_for(section)
+    prompts, watched = split_prompts(section, roles)  # before a model loads
+    roles, scorer = load_roles(section, roles)
     policy_optimizer, critic_optimizer = optimizers(section, roles)
-    prompts, watched = split_prompts(section, roles)
     rows_at_once(section, roles, prompts + watched)  # decided here, where all prompts are known
     state = checkpoint.resume(section, roles, policy_optimizer, critic_optimizer)
     announce(section, scorer, prompts, watched)
@@ -107,11 +109,11 @@ def run(section: Section) -> None:
 # -- setting up ----------------------------------------------------------------------------------------------------------------
 
 
-def load_roles(section: Section) -> tuple[Roles, Scorer]:
+def load_roles(section: Section, roles: Roles | None = None) -> tuple[Roles, Scorer]:
     """policy and critic trainable, the others frozen. The reference is a copy of what the policy starts from (method.md 10.5);
     the critic starts as the helpfulness model with a zero head (10.7)."""
     config = section.config
-    roles = roles_for(section)
+    roles = roles or roles_for(section)
     start = source_of(section, config.policy)
     torch.manual_seed(section.seed)
     roles.add("policy", start, trainable=True)
@@ -141,7 +143,7 @@ def split_prompts(section: Section, roles: Roles) -> tuple[list[Encoded], list[E
     train = [e for e in encoded[n:] if prompt_key(e.prompt) not in keys]
     need = config.batch_size // config.samples_per_prompt
     if not train or n < 2:
-        raise PosttrainError(f"{section.place}.prompts", f"{len(encoded)} prompts", "at least 4, better several hundred", "Add prompts.")
+        raise few_prompts(section.place, [e.prompt for e in encoded])
     if len(train) < need:
         section.log.say(f"note: {len(train)} prompts for iterations of {need}: every iteration sees each prompt more than once")
     return train, encoded[:n]
@@ -217,9 +219,13 @@ def make_rollout(section: Section, roles: Roles, scored: Scored, state: State) -
     quantized = section.recipe.model.quantization != "none"  # its kernels differ with and without gradients: use the trainer's
     sampled = roles.dtype == torch.float32 and not quantized and not c.entropy and roles.engine is None  # the sampler's are exact: one pass less
     with torch.set_grad_enabled(quantized):
-        old = sampled_logprobs(scored, batches) if sampled else batches.table(policy, roles.device)
-        ref = batches.table(lambda batch: roles.logprobs("reference", batch, c.temperature), roles.device)
-        values = batches.table(lambda batch: values_of(roles, batch), roles.device)
+        if sampled:
+            old = sampled_logprobs(scored, batches)
+        else:
+            batches, old = table(section, roles, batches, policy)
+        entropies = entropies[len(entropies) - sum(map(len, batches.mini)):]  # of the attempt that memory sufficed for
+        batches, ref = table(section, roles, batches, lambda batch: roles.logprobs("reference", batch, c.temperature))
+        batches, values = table(section, roles, batches, lambda batch: values_of(roles, batch))
     entropy = sum(distributed.gather(sum(entropies))) / sum(batches.counts) if c.entropy else None
     scores = final_scores(section, scored, state).to(roles.device)
     return batches, Rollout(batches.response_mask, old, ref, values, scores.float(), entropy).check()
@@ -352,7 +358,7 @@ def warm_up(section: Section, roles: Roles, scorer: Scorer, optimizer, prompts, 
         for _ in range(min(4, c.critic_warmup)):
             critic_pass(section, roles, optimizer, first)
             state.warmup_rounds += 1
-            explained = critic_fit(*refresh_values(roles, second))
+            explained = critic_fit(*refresh_values(section, roles, second))
             if explained >= c.critic_warmup_target:
                 break
         state.warm = True
@@ -373,10 +379,10 @@ def critic_fit(batches: Batches, rollout: Rollout, returns: Tensor) -> float:
     return credit.explained_variance(rollout.values, returns, rollout.response_mask)
 
 
-def refresh_values(roles: Roles, one) -> tuple[Batches, Rollout, Tensor]:
+def refresh_values(section: Section, roles: Roles, one) -> tuple[Batches, Rollout, Tensor]:
     batches, rollout, returns = one
     with torch.no_grad():
-        values = batches.table(lambda batch: values_of(roles, batch), roles.device)
+        batches, values = table(section, roles, batches, lambda batch: values_of(roles, batch))
     return batches, Rollout(rollout.response_mask, rollout.old_logprobs, rollout.ref_logprobs, values, rollout.scores), returns
 
 
@@ -395,7 +401,8 @@ def critic_pass(section: Section, roles: Roles, optimizer, one) -> None:
 
 
 def evaluate(section: Section, roles: Roles, scorer: Scorer, watched: list[Encoded]) -> list[dict]:
-    """The policy on the watched prompts, with the same seeds every time: one row per answer, with its sequence KL to the reference."""
+    """The policy on the watched prompts, with the same seeds every time: one row per answer, with its KL to the reference over the whole vocabulary:
+    of few answers the log-ratio of the drawn tokens, which the iterations tell, is too noisy to judge by (method.md 10.4)."""
     c = section.config
 
     def work() -> Scored:
@@ -403,7 +410,7 @@ def evaluate(section: Section, roles: Roles, scorer: Scorer, watched: list[Encod
                                 derive_seed(section.seed, "watched"), rows_at_once(section, roles, watched))
 
     scored = with_fewer_rows(section, work) if distributed.world() == 1 else work()
-    kl = sequence_kl(roles, "policy", "reference", scored, budget_of(section, roles, roles["policy"]), c.temperature)
+    kl = exact_kl(section, roles, "policy", "reference", scored, c.temperature)
     merged, groups = scored.merged.flatten().tolist(), [prompt_key(p.prompt) for p in watched for _ in range(c.eval_samples)]
     return [{"merged": m, "kl": k, "prompt": g} for m, k, g in zip(merged, kl, groups, strict=True)]
 
@@ -425,7 +432,8 @@ def keep_best(section: Section, roles: Roles, state: State, rows: list[dict], it
 
 
 def iteration_metrics(scored: Scored, rollout: Rollout, kl: Tensor, returns: Tensor, stats: dict, clock: list[float]) -> dict:
-    """Everything reported about an iteration. Rewards are raw, never whitened.
+    """Everything reported about an iteration. Rewards are raw, never whitened; kl is the drawn tokens' log-ratio (k1); explained_variance is that of
+    the returns of GAE, which hold the values themselves, as CleanRL, RLlib and verl tell it.
 
     clock: when the iteration began, was scored, had its log-probabilities and values, and was updated. seconds_generate is the
     sampling alone; seconds_score is both reward models, log-probabilities and values."""
@@ -458,8 +466,8 @@ def sample_rows(scored: Scored, kl: Tensor, roles: Roles, iteration: int, n: int
 
 
 def finish(section: Section, roles: Roles, scorer: Scorer, state: State) -> None:
-    """Output the best policy; say what PPO gained on the watched prompts."""
-    config = section.config
+    """Output the best policy; say what PPO gained on the watched prompts. PPO's best is chosen on them, so that its gain there is optimistic."""
+    config, chosen = section.config, section.config.algorithm == "ppo"
     checkpoint.output(section, state.best_iteration)
     groups = [r["prompt"] for r in state.start_rows]
     gain = [b["merged"] - a["merged"] for a, b in zip(state.start_rows, state.best_rows, strict=True)]
@@ -473,8 +481,10 @@ def finish(section: Section, roles: Roles, scorer: Scorer, state: State) -> None
         "routed_by_tag": sum(r["ppo/routed_by_tag"] for r in ran) / max(len(ran), 1),
         "routed_by_threshold": sum(r["ppo/routed_by_threshold"] for r in ran) / max(len(ran), 1),
         "watched": {"start": interval([r["merged"] for r in state.start_rows], groups), "best": interval([r["merged"] for r in state.best_rows], groups),
-                     "paired_difference": interval(gain, groups), "standard_error": standard_error(gain, groups), "kl": kl},
+                     "paired_difference": interval(gain, groups), "standard_error": standard_error(gain, groups), "kl": kl,
+                     "best_is_chosen_on_them": chosen},
     })
     section.log.say(f"best after iteration {state.best_iteration}{' (stopped early)' if state.iteration < config.iterations else ''}: "
                     f"watched merged reward {sum(r['merged'] for r in state.start_rows) / len(gain):.3f} -> "
-                    f"{sum(r['merged'] for r in state.best_rows) / len(gain):.3f} at KL {kl:.2f} nats")
+                    f"{sum(r['merged'] for r in state.best_rows) / len(gain):.3f} at KL {kl:.2f} nats"
+                    f"{' (chosen on these prompts: optimistic)' if chosen else ''}")

@@ -37,10 +37,10 @@ def run(section: Section) -> None:
     prompts = _prompts(section)
     demonstrations = {name: _demonstrations(section, name) for name in config.pool if not _is_round(section, name)}
     roles = roles_for(section)
+    left = encode_prompts(section, prompts, roles, config.max_prompt_tokens)
     roles.add("policy", source_of(section, config.policy))
     budget = budget_of(section, roles, roles["policy"])
     scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
-    left = encode_prompts(section, prompts, roles, config.max_prompt_tokens)
     rows_at_once(section, roles, left)  # decided here, where all prompts are known
     k, temperature, tried, rows = config.samples_per_prompt, config.temperature, None, []
     tries = sorted(temperature) if isinstance(temperature, list) else [temperature]

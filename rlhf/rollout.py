@@ -15,7 +15,8 @@ from posttrain.generate import Completion, Sampling, sample
 from posttrain.models import Roles
 from posttrain.packing import MicroBatch, Tree, collate, token_budget, tree
 from posttrain.runs import Section
-from posttrain.tensors import unflatten
+from posttrain.tensors import token_kl, unflatten
+from posttrain.training import budget_of, smaller_budget
 from reward.score import Scorer
 from rlhf import gate
 
@@ -127,6 +128,7 @@ class Batches:
     where: list[list[Tensor]]
     response_mask: Tensor  # (B, R)
     counts: list[int]  # tokens of each mini-batch, over all processes
+    budget: int  # tokens of a micro-batch
     smaller: Callable[[int], "Batches"] | None = None  # the same mini-batches in micro-batches of so many tokens
 
     def flat(self):
@@ -170,7 +172,7 @@ def make_batches(trees: list[Tree], mini_batch: int, budget: int, roles: Roles, 
             wheres.append(torch.tensor([chosen[i] * k + j for i in group for j in range(k)], device=roles.device))
         mini.append(batches)
         where.append(wheres)
-    return Batches(mini, where, mask.to(roles.device), counts, lambda tokens: make_batches(trees, mini_batch, tokens, roles, order))
+    return Batches(mini, where, mask.to(roles.device), counts, budget, lambda tokens: make_batches(trees, mini_batch, tokens, roles, order))
 
 
 @dataclass(frozen=True)
@@ -203,17 +205,30 @@ def answer_trees(scored: Scored) -> list[Tree]:
     return [tree(p.ids, [a.ids for a in group]) for p, group in zip(scored.prompts, scored.answers, strict=True)]
 
 
-def summed(roles: Roles, scored: Scored, budget: int, per_token: Callable[[MicroBatch], Tensor]) -> list[float]:
-    """Per answer the sum over its tokens of what per_token(micro-batch) (N,) gives."""
-    trees = answer_trees(scored)
-    batches = make_batches(trees, len(trees) * len(trees[0].ends), budget, roles, list(range(len(trees))))
-    with torch.inference_mode():
-        return batches.table(per_token, roles.device).sum(1).tolist()
+def table(section: Section, roles: Roles, batches: Batches, per_token: Callable[[MicroBatch], Tensor]) -> tuple[Batches, Tensor]:
+    """Batches.table. Where the GPU's memory runs out, of smaller micro-batches from now on (training.smaller_budget), which come back with it."""
+    while True:
+        try:
+            return batches, batches.table(per_token, roles.device)
+        except torch.OutOfMemoryError:
+            pass
+        batches = batches.smaller(smaller_budget(section, batches.budget, [b for b, _ in batches.flat()]))  # the exception and what it held are gone
 
 
-def sequence_kl(roles: Roles, role: str, reference: str, scored: Scored, budget: int, temperature: float = 1.0) -> list[float]:
-    """Per answer, sum of log p_role - log p_reference over its tokens at `temperature`, in nats: its mean estimates the sequence KL
-    where the answers were drawn from `role` at that temperature with top-p 1 (elsewhere it is a distance, not a KL)."""
+def exact_kl(section: Section, roles: Roles, role: str, reference: str, scored: Scored, temperature: float = 1.0) -> list[float]:
+    """Per answer the sum over its tokens of KL(role || reference) of the next token, over the whole vocabulary at `temperature`, in nats.
+
+    Every term is a KL whichever token was drawn. The log-ratio of the drawn tokens estimates it only where they were drawn at that temperature with
+    top-p 1. Of answers drawn so the mean estimates the KL of whole answers, with less variance (Amini et al. 2025, arXiv 2504.10637,
+    Rao-Blackwellization); of others it is the KL along what the decoding gives."""
     if role == reference:
         return [0.0] * scored.merged.numel()
-    return summed(roles, scored, budget, lambda batch: roles.logprobs(role, batch, temperature) - roles.logprobs(reference, batch, temperature))
+
+    def per_token(batch: MicroBatch) -> Tensor:
+        sides = [x for name in (role, reference) for x in (roles.hidden(name, batch)[batch.predictors], roles.vocabulary(name))]
+        return token_kl(*sides, temperature)
+
+    trees = answer_trees(scored)
+    batches = make_batches(trees, len(trees) * len(trees[0].ends), budget_of(section, roles, roles[role]), roles, list(range(len(trees))))
+    with torch.inference_mode():
+        return table(section, roles, batches, per_token)[1].sum(1).tolist()

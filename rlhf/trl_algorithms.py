@@ -18,7 +18,7 @@ from posttrain.data import naming, only
 from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.log import read_lines
-from posttrain.models import Roles
+from posttrain.models import Roles, roles_for
 from posttrain.runs import Section
 from posttrain.training import RoleTrainer, budget_of, complete, drop_old, newest_checkpoint, restore
 from reward.score import Scorer
@@ -34,11 +34,12 @@ def run(section: Section) -> None:
     check(section)
     config = section.config
     # 1. the roles, without a critic; prompts to train on and prompts to watch
-    roles, scorer = ppo.load_roles(section)
+    roles = roles_for(section)
     if roles.added:
         raise PosttrainError(f"{section.place}.algorithm", f"{config.algorithm} with model.add_tokens", "a vocabulary that is not extended",
                              "TRL reads the base's own vocabulary rows; use algorithm: ppo.")
     prompts, watched = ppo.split_prompts(section, roles)
+    roles, scorer = ppo.load_roles(section, roles)
     done = newest_checkpoint(section.folder, section.log.say)
     per = per_iteration(config)
     iteration = int(done.name.split("-")[1]) // per if done else 0

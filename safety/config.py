@@ -1,16 +1,12 @@
 """Configuration of the safety stages."""
 
-import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
-from pydantic_core import PydanticCustomError
 
 from posttrain.config import AnsweringConfig, ComparisonConfig, DataNames, ModelRef, Strict
-from posttrain.listen import is_loopback
-
-ENDPOINT = re.compile(r"(https?)://([\w-]{1,63}(?:\.[\w-]{1,63})*|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(?:/[\w.~%+/-]*)?", re.ASCII | re.IGNORECASE)
+from posttrain.http_client import checked_address, checked_variable
 
 PREPROMPTS = Path(__file__).parent / "preprompts"
 
@@ -71,25 +67,12 @@ class JudgeConfig(Strict):
     @field_validator("base_url")
     @classmethod
     def _safe(cls, url: str) -> str:
-        found = ENDPOINT.fullmatch(url)
-        if not found or int(found[3] or 0) > 65535:
-            raise PydanticCustomError("hidden", "An address such as https://HOST/v1 or http://localhost:8000/v1, without a user, a key or a query in it")
-        if found[1].lower() == "http" and not is_local(url):
-            raise PydanticCustomError("plain_http", "https, or http on this machine: beyond it, plain http can be read on the way (an ssh tunnel, ssh -L, "
-                                                     "brings a port here)")
-        return url.rstrip("/")
+        return checked_address(url)
 
     @field_validator("api_key_env")
     @classmethod
     def _name(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-            raise PydanticCustomError("hidden", "The NAME of an environment variable (capitals, digits, _) that holds the key, not the key itself")
-        return name
-
-
-def is_local(url: str) -> bool:
-    """Whether an ENDPOINT is on this machine, by its address or the name localhost."""
-    return is_loopback(ENDPOINT.fullmatch(url)[2].lower())
+        return checked_variable(name)
 
 
 REFUSAL_CLASSIFIER = tuple(Path(__file__).parent / name for name in ("refusal.py", "data/refusals_train.jsonl", "data/refusals_test.jsonl",
@@ -118,6 +101,9 @@ class EvaluateStage(ComparisonConfig):
                                                                       "prompts are unsafe by the safety model. The mean is compared, not its interval")
     max_false_refusal: float | None = Field(None, ge=0, le=1, description="a gate: the run fails where the last model refuses more of the helpful, or "
                                                                           "more of the borderline prompts. The mean is compared, not its interval")
+
+    def check(self, section, ready: bool) -> None:
+        section.check_deviations(self.helpfulness, self.safety, ready)
 
     def idle(self) -> dict:
         return super().idle() | dict.fromkeys(("judge", "judge_rows", "max_violation", "max_false_refusal"))

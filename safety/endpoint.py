@@ -5,27 +5,22 @@ The key is read from the environment, sent to the endpoint alone (no redirect is
 """
 
 import json
-import os
 import random
 import ssl
 import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from http.client import HTTPException
-from urllib.error import HTTPError, URLError
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+from urllib.error import URLError
 
-from posttrain.errors import PosttrainError
-from safety.config import JudgeConfig, is_local
+from posttrain import http_client
+from posttrain.http_client import PASSING
+from safety.config import JudgeConfig
 
 RETRIES = 4
 BACKOFF = 1.0  # seconds before the first retry, doubled for every further one
 LONGEST_WAIT = 60.0  # seconds, also where the endpoint asks for more
 MAX_TOKENS = 2048  # of a reply: a judge that thinks aloud takes a thousand
-MAX_BYTES = 1 << 24  # of a reply's body
 OPTIONAL = ("temperature", "max_tokens")  # left out for an endpoint that refuses them by name, as some of thinking models do
-PASSING = {408, 409, 425, 429}  # these pass by themselves, as every 5xx may
 OF_THE_REQUEST = {400, 403, 413, 422, 451}  # these may be about what was asked: too long, or stopped by a filter
 PROBE = [{"role": "user", "content": "Reply with the word yes."}]
 
@@ -47,11 +42,6 @@ class Fault(Exception):
         super().__init__(found)
 
 
-class _NoRedirect(HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        return None
-
-
 class Endpoint:
     """One model at one address; several threads may ask at once. say: tells the person watching one line. Raises PosttrainError for a key
     that is not there."""
@@ -60,8 +50,8 @@ class Endpoint:
         self.config, self.say = config, say
         self.place = f"the judge at {config.base_url}"
         self.stop = threading.Event()
-        self._key = read_key(config)
-        self._opener = build_opener(_NoRedirect, ProxyHandler({} if is_local(config.base_url) else None))
+        self._key = http_client.read_key(config.api_key_env, "judge.api_key_env")
+        self._opener = http_client.opener(config.base_url)
         self._left_out: set[str] = set()
         self._told: set[str] = set()
         self._lock = threading.Lock()
@@ -111,18 +101,8 @@ class Endpoint:
 
     def _post(self, body: dict) -> tuple[int, str, float]:
         """(status, body, seconds to wait before another request, where the endpoint says so). Raises Fault where there is no reply at all."""
-        request = Request(f"{self.config.base_url}/chat/completions", json.dumps(body).encode(),
-                          {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "posttrain"})
-        if self._key:
-            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
-        until = time.monotonic() + self.config.timeout
         try:
-            try:
-                got = self._opener.open(request, timeout=self.config.timeout)
-            except HTTPError as e:
-                got = e
-            with got:
-                return got.status, _read(got, until), _seconds(got.headers.get("Retry-After"))
+            return http_client.ask(self._opener, f"{self.config.base_url}/chat/completions", body, self._key, self.config.timeout)
         except (OSError, HTTPException) as e:
             raise self._no_reply(e.reason if isinstance(e, URLError) else e) from None
 
@@ -135,7 +115,7 @@ class Endpoint:
         return Fault(self._words(words).lower(), "Start the endpoint, or correct judge.base_url.", passing=True)
 
     def _fault(self, status: int, text: str, after: float) -> Fault:
-        said = self._words(_message(text))
+        said = self._words(http_client.message(text))
         found = f"HTTP {status}" + (f", '{said}'" if said else "")
         key = f"the key in {self.config.api_key_env}" if self.config.api_key_env else "judge.api_key_env: NAME of the variable that holds the key"
         do = (f"Check {key}." if status in (401, 403) else
@@ -148,16 +128,12 @@ class Endpoint:
             content = json.loads(text)["choices"][0]["message"].get("content") or ""
             content = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)  # some reply in parts
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise Fault(f"no chat completion in its reply, '{self._words(_message(text))}'",
+            raise Fault(f"no chat completion in its reply, '{self._words(http_client.message(text))}'",
                         "Check judge.base_url: BASE_URL/chat/completions must speak the OpenAI protocol.", passing=True, of_request=True) from None
-        return self._without_key(content.encode("utf-8", "replace").decode())  # half a character can't be written to disk
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        return http_client.without_key(content.encode("utf-8", "replace").decode(), self._key)  # half a character can't be written to disk
 
     def _words(self, text: str) -> str:
-        """One short printable line without the key."""
-        return " ".join("".join(c if c.isprintable() else " " for c in self._without_key(text)).split())[:200]
+        return http_client.words(text, self._key)
 
     def _tell_once(self, text: str) -> None:
         with self._lock:
@@ -165,45 +141,3 @@ class Endpoint:
             self._told.add(text)
         if new:
             self.say(text)
-
-
-def read_key(config: JudgeConfig) -> str | None:
-    """The key from the environment variable that the configuration names. Raises PosttrainError where it is not there or no key."""
-    if config.api_key_env is None:
-        return None
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not key:
-        raise PosttrainError("judge.api_key_env", f"the environment variable {config.api_key_env} is not set", "the endpoint's key in it",
-                             f"Set it (export {config.api_key_env}=...), or leave judge.api_key_env out for an endpoint without a key.")
-    if not (key.isascii() and key.isprintable()) or " " in key:  # the standard library would show it in its error
-        raise PosttrainError("judge.api_key_env", f"the environment variable {config.api_key_env} holds characters that can't be sent",
-                             "a key of printable ASCII characters", "Copy the key again.")
-    return key
-
-
-def _read(got, until: float) -> str:
-    """A body, within the time and size allowed: a socket's own timeout starts anew with every piece."""
-    pieces, size = [], 0
-    while size <= MAX_BYTES and (piece := got.read1(1 << 16)):
-        pieces.append(piece)
-        size += len(piece)
-        if time.monotonic() > until:
-            raise TimeoutError
-    return b"".join(pieces).decode("utf-8", "replace")
-
-
-def _seconds(header: str | None) -> float:
-    """A Retry-After header in seconds; 0 where it is absent or a date."""
-    try:
-        return max(0.0, float(header or 0))
-    except ValueError:
-        return 0.0
-
-
-def _message(text: str) -> str:
-    """The message in an error body: {"error": {"message": ...}}, {"error": ...}, {"message": ...}, {"detail": ...}, or the text."""
-    with suppress(ValueError, AttributeError, RecursionError):
-        value = json.loads(text)
-        error = value.get("error") or value
-        return str(error if isinstance(error, str) else error.get("message") or error.get("detail") or text)
-    return text

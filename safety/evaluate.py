@@ -13,7 +13,6 @@ command, nor after a change of the refusal classifier or of a key that the answe
 import random
 
 import numpy as np
-import torch
 
 from posttrain import report
 from posttrain.chunks import derive_seed, read_chunk, write_chunk
@@ -26,14 +25,13 @@ from posttrain.runs import Section, read_json, write_atomic, write_json, write_l
 from posttrain.statistics import interval, standard_error
 from posttrain.training import budget_of
 from reward.score import Scorer, load_scorer, raw_score
-from rlhf.rollout import Encoded, Scored, encode_prompts, rows_at_once, sample_and_score, summed
+from rlhf.rollout import Encoded, encode_prompts, exact_kl, rows_at_once, sample_and_score
 from safety.figures import BENIGN, by_kind, by_source, gates, over, share_words, violations, win_rate
 from safety.judge import VIOLATION, Judge, comparison_figures, safety_figures, verdict
 from safety.taxonomy import UNKNOWN, category_of, vector_of
 
 NO_PART_OF_THE_ANSWERS = ("judge", "judge_rows", "max_violation", "max_false_refusal", "max_sequence_kl", "unsafe_threshold")
 KL_TEMPERATURE = 1.0
-POSITIONS = 256  # whose whole next-token distributions exist at the same time
 
 
 def run(section: Section) -> None:
@@ -140,15 +138,14 @@ def _all_answers(section: Section, prompts: list[Prompt]) -> tuple[dict[str, lis
     if all(kept.values()) and "gate" in section.manifest.get("decisions", {}):
         return kept, section.manifest["decisions"]["gate"]
     roles = roles_for(section)
-    models = add_models(section, roles)
-    budget = budget_of(section, roles, roles["model_0"])
-    scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget)
     encoded = encode_prompts(section, prompts, roles, config.max_prompt_tokens)
+    models = add_models(section, roles)
+    scorer = load_scorer(section, roles, config.helpfulness, config.safety, config.safety_threshold, budget_of(section, roles, roles["model_0"]))
     section.log.say(f"{len(config.models)} models x {len(encoded)} prompts x {config.samples_per_prompt} samples, temperature "
                     f"{config.temperature:g}, top-p {config.top_p:g}; unsafe: sigma(R_s) < {config.unsafe_threshold:g}")
     with section.log.progress(len(config.models), "answering", "model") as ticker:
         for name in models:
-            kept[name] = kept[name] or _answers(section, roles, scorer, encoded, models, name, budget)
+            kept[name] = kept[name] or _answers(section, roles, scorer, encoded, models, name)
             ticker.advance()
     return kept, section.decide("gate", lambda: scorer.threshold_note)
 
@@ -159,40 +156,20 @@ def _kept(section: Section, name: str) -> list[dict] | None:
     return rows if rows and {"risk", "kl_temperature"} <= {*rows[0]} else None
 
 
-def _answers(section: Section, roles: Roles, scorer: Scorer, encoded: list[Encoded], models: dict[str, str], name: str, budget: int) -> list[dict]:
+def _answers(section: Section, roles: Roles, scorer: Scorer, encoded: list[Encoded], models: dict[str, str], name: str) -> list[dict]:
     """One model's rows; kept on disk model by model, so that a cut evaluation goes on with the next model."""
     c = section.config
     scored = sample_and_score(roles, models[name], scorer, encoded, c.samples_per_prompt, Sampling(c.max_new_tokens, c.temperature, c.top_p),
                               derive_seed(section.seed, section.name), rows_at_once(section, roles, encoded))
 
     first, compared = next(iter(models)), [before for after, before in c.compare if after == name]
-    kl = {other: exact_kl(roles, models[name], models[other], scored, budget) for other in dict.fromkeys([first, *compared])}
+    kl = {other: exact_kl(section, roles, models[name], models[other], scored, KL_TEMPERATURE) for other in dict.fromkeys([first, *compared])}
     rows, k = scored.rows(roles.tokenizer), c.samples_per_prompt
     for i, row in enumerate(rows):
         row |= {"row": i // k, "sample": i % k, **labels_of(encoded[i // k].prompt), "tokens": len(row.pop("ids")), "kl": kl[first][i],
                 "kl_compared": {before: kl[before][i] for before in compared}, "kl_temperature": KL_TEMPERATURE}
     write_chunk(section.folder / f"answers-{name}.json", rows)
     return rows
-
-
-def exact_kl(roles: Roles, role: str, reference: str, scored: Scored, budget: int) -> list[float]:
-    """Per answer the sum over its tokens of KL(role || reference) of the next token, over the whole vocabulary at temperature 1, in nats.
-
-    Every term is a KL whichever token was drawn. The log-ratio of the drawn tokens estimates it only where they were drawn at temperature 1; at 0.1
-    they are the role's favourites. Of answers drawn at temperature 1 and top-p 1 the mean estimates the KL of whole answers, with less variance (Amini
-    et al. 2025, arXiv 2504.10637, Rao-Blackwellization); of others it is the KL along what the decoding gives."""
-    if role == reference:
-        return [0.0] * scored.merged.numel()
-
-    def per_token(batch):
-        sides = [(roles.hidden(name, batch)[batch.predictors], roles.vocabulary(name)) for name in (role, reference)]
-        out = []
-        for at in range(0, len(batch.predictors), POSITIONS):
-            p, q = (torch.log_softmax((h[at:at + POSITIONS].to(head.dtype) @ head.t()).float() / KL_TEMPERATURE, dim=-1) for h, head in sides)
-            out.append((p.exp() * (p - q)).sum(-1))
-        return torch.cat(out)
-
-    return summed(roles, scored, budget, per_token)
 
 
 def _classify(answers: dict[str, list[dict]]) -> None:

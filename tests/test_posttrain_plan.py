@@ -294,8 +294,12 @@ def test_a_recipe_that_shards_cuts_what_it_trains_over_the_cards(recipe):
     assert cut["ppo"]["memory"] == whole["ppo"]["memory"]  # it does not cut its models
     assert "it holds its slice of the models" in plan.render([cut["local"]]) and "gathered" not in plan.render([whole["local"]])
     assert "it fits with model.sharding=full" in whole["local"]["warnings"][-1]
+    assert cut["local"]["warnings"] == [] and cut["ppo"]["warnings"][0].startswith("it does not start: models cut over processes")
     one = rows_of(recipe(overrides=shards), gpu=80)["local"]
     assert one["memory"] == whole["local"]["memory"]  # one card has nobody to share with
+    assert "it does not start: 'full' in one process" in one["warnings"][0]
+    nf4 = rows_of(recipe(overrides=["model.sharding=full"]), gpu="8x80GB")["local"]
+    assert nf4["cut"] == 1 and "'full' with quantization: nf4" in nf4["warnings"][0]
     frozen = ["model.quantization=none"]
     base, adapters = rows_of(recipe(overrides=frozen), gpu="8x80GB"), rows_of(recipe(overrides=[*frozen, "model.sharding=full"]), gpu="8x80GB")
     assert adapters["local"]["memory"]["base"] == base["local"]["memory"]["base"] / 8

@@ -836,6 +836,15 @@ def test_numbers_and_words():
     assert views.moved("Loss", 1.0, 1.001) == "Loss stayed at 1.00" and views.listed(["a", "b", "c"]) == "a, b and c"
 
 
+def test_a_gain_that_is_measured_on_what_chose_it_is_called_optimistic(whole, tmp_path):
+    run, words = Run(whole[0].recipe.model_copy(update={"run": whole[0].recipe.run.model_copy(update={"dir": str(tmp_path)})})), "was chosen on the watched"
+    told = {"best_iteration": 2, "watched": {"start": ci(0.1), "best": ci(0.62), "paired_difference": ci(0.52, 0.15), "kl": 6.8}}
+    rows = [{"step": s, "time": s, "ppo/merged_reward": 0.1 * s, "ppo/watched_merged_reward": 0.1 * s} for s in range(4)]
+    for algorithm, times in (("ppo", 3), ("dpo", 0)):  # the headline, under the figure, under the table
+        put(run, "ppo", told | {"algorithm": algorithm}, rows)
+        assert Page(report.write(run)).text.count(words) == times
+
+
 def test_a_standardized_merged_reward_is_called_so(whole, tmp_path):
     assert "merged reward (raw score)" in whole[1].text and "standardized" not in whole[1].text
     run = Run(whole[0].recipe.model_copy(update={"run": whole[0].recipe.run.model_copy(update={"dir": str(tmp_path)})}))

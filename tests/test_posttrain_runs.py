@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from posttrain import gguf
+from posttrain import distributed, gguf
 from posttrain.config import load_recipe
 from posttrain.errors import PosttrainError
 from posttrain.formats import Demonstration, Pair, Prompt
@@ -222,6 +222,27 @@ def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
 def test_the_last_line_counts_rightly(recipe, capsys, stage, names, words):
     run_sections(recipe(dict.fromkeys(names, SFT)))
     assert words in capsys.readouterr().out
+
+
+def test_a_reason_of_another_process_outlives_a_kill_before_they_settle(recipe, stage, monkeypatch):
+    run = recipe({"s": SFT})
+    run.start(run.section("s"))
+    with monkeypatch.context() as patch:
+        for key, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+            patch.setenv(key, value)
+        second = recipe({"s": SFT}).section("s")
+        second.inexact("no memory")
+        with distributed.alone():
+            second.inexact("again none")
+    with (run.folder / "s" / ".inexact-2").open("w") as f:
+        f.write('"cut sho')
+    assert read_json(run.folder / "s" / "manifest.json")["exact"]
+    again = recipe({"s": SFT})
+    for go_on in (lambda: again.start(again.section("s")), lambda: run_sections(again)):
+        go_on()
+        told = read_json(run.folder / "s" / "manifest.json")
+        assert (told["exact"], told["inexact_because"]) == (False, ["no memory", "again none"])
+    assert run.section("s").state() == "done" and not list((run.folder / "s").glob(".inexact*"))
 
 
 # -- a disk that is full ----------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from posttrain.errors import PosttrainError
 from posttrain.formats import Pair
 from posttrain.log import read_lines
 from posttrain.models import roles_for
+from posttrain.packing import tree
 from reward import train
-from reward.score import scores
+from reward.score import laid_out, scores
 from reward.train import _Trainer, check_reload, encode, run
 
 SHORT = {"stage": "reward", "model": "base", "own": "helpful", "batch_size": 4, "epochs": 50, "max_steps": 2, "learning_rate": 1e-3,
@@ -155,6 +156,18 @@ def test_demonstrations_are_refused(reward):
         reward({**SHORT, "own": "demonstrations"})
 
 
+def test_on_a_gpu_too_answers_share_their_prompt_where_that_saves_tokens(make_roles, monkeypatch):
+    roles = make_roles()
+    roles.add("r", fresh_adapter=True, trainable=True, head="new")
+    shared, single = [tree([5] * 40, [[6] * n] * 8) for n in (3, 9)], [tree([5] * 4, [[6] * n]) for n in (3, 40, 50)]
+    for layout, wanted in (("packed", ["rows", "packed"]), ("rows", ["rows", "rows"])):
+        roles.layout = layout
+        assert [laid_out(roles, "r", trees, 4096)[0] for trees in (shared, single)] == wanted
+    roles.layout = "packed"
+    monkeypatch.setattr(roles["r"].net.config, "sliding_window", 48, raising=False)
+    assert laid_out(roles, "r", shared, 4096)[0] == "packed" and laid_out(roles, "r", shared[:1], 4096)[0] == "rows"
+
+
 def test_scores_do_not_depend_on_the_budget_or_the_company(make_roles, scramble):
     roles = make_roles()
     scramble(roles.add("r", fresh_adapter=True, trainable=True, head="new"))
@@ -163,6 +176,9 @@ def test_scores_do_not_depend_on_the_budget_or_the_company(make_roles, scramble)
     whole = scores(roles, "r", trees, 10_000)
     for budget in (1, 50, 300):
         assert [x for s in scores(roles, "r", trees, budget) for x in s] == pytest.approx([x for s in whole for x in s], abs=2e-6)
+    roles.layout = "packed"
+    assert [x for s in scores(roles, "r", trees, 300) for x in s] == pytest.approx([x for s in whole for x in s], abs=2e-6)
+    roles.layout = "rows"
     assert scores(roles, "r", trees[3:4], 64)[0] == pytest.approx(whole[3], abs=2e-6)
     swapped = [Pair(p.prompt, p.rejected, p.chosen) for p in pairs]
     back = scores(roles, "r", encode(swapped, roles.tokenizer, 4096)[0], 10_000)

@@ -6,6 +6,7 @@ Prompts too long: test_rlhf_rollout.py.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from safetensors.torch import load_file
 
 from posttrain import generate
 from posttrain.errors import PosttrainError
+from posttrain.formats import Prompt
 from posttrain.generate import Sampling, row_bytes, sample
 from posttrain.log import read_lines
-from posttrain.runs import Run
+from posttrain.models import Roles
+from posttrain.runs import Run, Section, preflight, run_sections
 from rlhf import ppo, rejection, rollout
 
 PPO = {"stage": "ppo", "prompts": "prompts", "policy": "@sft", **REWARDS, "iterations": 2, "batch_size": 8, "mini_batch_size": 8,
@@ -228,3 +231,68 @@ def test_memory_for_no_sample_at_all_is_told_and_later_it_goes_on(tmp_path_facto
     assert section.state() == "started" and "rows_at_once" not in section.manifest["decisions"]
     rejection.run(started(Run(section.recipe), "s"))
     assert section.state() == "done"
+
+
+# -- before a model loads ------------------------------------------------------------------------------------------------------------
+
+EVAL = {"stage": "evaluate", "models": {"sft": "@sft"}, "prompts": "prompts", **REWARDS}
+
+
+@pytest.fixture
+def unloaded(tmp_path_factory, monkeypatch):
+    parents(tmp_path_factory.getbasetemp())
+    monkeypatch.setattr(Roles, "add", lambda *args, **more: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize("questions", [["Why?", "How?", "When?"], ["Why?"] * 5])
+def test_too_few_prompts_are_told_by_the_recipe(tmp_path_factory, tmp_path, questions):
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps({"prompt": q}) + "\n" for q in questions), encoding="utf-8")
+    few = f"data.prompts=[{{path: {tmp_path / 'few.jsonl'}, format: prompt}}]"
+    run = make_run(tmp_path_factory, tmp_path, {"ppo": PPO}, overrides=[few, "data.held_out.prompts=0"])
+    with pytest.raises(PosttrainError, match=rf"stages\.ppo\.prompts: {len(questions)} prompts, {len({*questions})} of them different. Expected at least 4"):
+        preflight(run)
+    preflight(run, ["sft"])
+
+
+def test_too_few_prompts_of_a_section_are_told_once_it_is_done(tmp_path_factory, tmp_path, unloaded, monkeypatch):
+    run = make_run(tmp_path_factory, tmp_path, {"attacks": {"stage": "redteam", "models": {"a": "@sft"}, "prompts": "prompts", **REWARDS},
+                                                "ppo": PPO | {"prompts": "@attacks"}})
+    preflight(run)
+    monkeypatch.setattr(Section, "state", lambda self: "new" if self.name == "ppo" else "done")
+    monkeypatch.setattr(Section, "check_files", lambda *args, **more: None)
+    monkeypatch.setattr(Run, "data_of", lambda *args: SimpleNamespace(train=[Prompt([{"role": "user", "content": "Why?"}])] * 3))
+    with pytest.raises(PosttrainError, match=r"stages\.ppo\.prompts: 3 prompts"):
+        run_sections(run, ["ppo"])
+
+
+@pytest.mark.parametrize("name, stage, wanted", [("ppo", PPO, "at least 4"), ("s", ROUND, "at least one"), ("e", EVAL, "at least one")])
+def test_prompts_that_are_too_long_leave_too_few_before_a_model_loads(tmp_path_factory, tmp_path, unloaded, monkeypatch, name, stage, wanted):
+    run, lengths = make_run(tmp_path_factory, tmp_path, {name: stage | {"max_prompt_tokens": 3}}), iter([2, 3, 3])
+    if name == "ppo":
+        real = rollout.chat.encode_prompt
+        monkeypatch.setattr(rollout.chat, "encode_prompt", lambda *args: real(*args)[:next(lengths, 4)])
+    with pytest.raises(PosttrainError, match=rf"stages\.{name}\.prompts: .*Expected {wanted}"):
+        run_sections(run, [name])
+
+
+def test_a_deviation_that_will_be_missing_is_told_by_the_recipe(tmp_path_factory, tmp_path):
+    stages = {"s": ROUND, "ppo": PPO, "e": EVAL}
+    preflight(make_run(tmp_path_factory, tmp_path, {n: s | {"standardize_rewards": True} for n, s in stages.items()}))
+    preflight(make_run(tmp_path_factory, tmp_path, stages, overrides=["data.held_out.pairs=0"]))
+    for name in stages:
+        run = make_run(tmp_path_factory, tmp_path, stages | {name: stages[name] | {"standardize_rewards": True}}, overrides=["data.held_out.pairs=0"])
+        with pytest.raises(PosttrainError, match=rf"stages\.{name}\.standardize_rewards: the helpfulness model in reward_helpfulness will have no mean"):
+            preflight(run)
+
+
+@pytest.mark.parametrize("name, stage", [("s", ROUND), ("ppo", PPO), ("e", EVAL)])
+@pytest.mark.parametrize("named", [True, False], ids=["a section", "a folder"])
+def test_a_deviation_that_is_missing_is_told_before_a_model_loads(tmp_path_factory, tmp_path, unloaded, monkeypatch, name, stage, named):
+    folder = make_run(tmp_path_factory, tmp_path, {}).folder / "reward_safety"
+    path = folder / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"score_std": None}), encoding="utf-8")
+    stage = stage | {"standardize_rewards": True} | ({} if named else {"safety": str(folder / "model")})
+    run = make_run(tmp_path_factory, tmp_path, {name: stage})
+    monkeypatch.setattr(Section, "check_files", lambda *args, **more: None)
+    with pytest.raises(PosttrainError, match=rf"stages\.{name}\.standardize_rewards: the safety model in reward_safety has no mean and deviation"):
+        (run_sections if named else preflight)(run, [name])

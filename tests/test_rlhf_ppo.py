@@ -1,6 +1,7 @@
 """PPO as a whole: the loop's own tensors recomputed one sequence at a time, what may and may not change, learning, and kills at every
 seam, each followed by the same command and the same final bytes."""
 
+import copy
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from posttrain import distributed
 from posttrain.data import prompt_key
 from posttrain.errors import PosttrainError
 from posttrain.log import Log, read_lines
+from posttrain.models import Roles
 from posttrain.runs import Run, Section, run_sections
 from rlhf import ppo
 
@@ -574,6 +576,27 @@ def test_the_entropy_is_that_of_the_policys_distribution(engine):
     assert one_update(engine).rollout.entropy is None
 
 
+def test_a_rollout_that_memory_cuts_smaller_is_the_same_rollout(engine, monkeypatch):
+    """Every pass of it runs out once; the entropy counts no token twice."""
+    whole = one_update(engine, entropy=True, micro_batch_tokens=1024)
+    manifest, real, left = copy.deepcopy(engine.section.manifest), Roles.hidden, Counter()
+
+    def hidden(self, name, batch):
+        left.update([name])
+        if left[name] == 2 and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, name, batch)
+
+    monkeypatch.setattr(Roles, "hidden", hidden)
+    got = one_update(engine, entropy=True, micro_batch_tokens=1024)
+    told, engine.section.manifest = engine.section.manifest, manifest
+    assert len(told["inexact_because"]) == 3 and len(list(got.batches.flat())) > len(list(whole.batches.flat()))
+    for name in ("old_logprobs", "ref_logprobs", "values"):
+        assert torch.allclose(getattr(got.rollout, name), getattr(whole.rollout, name), atol=1e-5), name
+    assert got.rollout.entropy == pytest.approx(whole.rollout.entropy, abs=1e-5) and got.stats["ratio_deviation"] == pytest.approx(
+        whole.stats["ratio_deviation"], rel=1e-2)
+
+
 # -- it learns -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -739,8 +762,8 @@ def test_full_fine_tuning_keeps_five_models_apart_and_survives_a_kill(tmp_path_f
         def weights(roles):
             return {name: [p.detach().clone() for p in role.net.parameters()] for name, role in roles.roles.items()}
 
-        def load(section):
-            roles, scorer = real_load(section)
+        def load(*args):
+            roles, scorer = real_load(*args)
             seen["before"] = weights(roles)
             return roles, scorer
 

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from pydantic import ValidationError
 
+from posttrain import http_client
 from posttrain.config import _refuse
 from posttrain.errors import PosttrainError
 from posttrain.log import Log, read_lines
@@ -265,7 +266,7 @@ def test_a_trickle_is_no_reply():
             return b" "
 
     with pytest.raises(TimeoutError):
-        over_http._read(Slow(), time.monotonic() + 0.2)
+        http_client.read(Slow(), time.monotonic() + 0.2)
 
 
 def test_a_hanging_endpoint_stops_the_stage_and_keeps_what_it_said(server, judge, tmp_path, monkeypatch):

@@ -100,6 +100,17 @@ def test_a_refusal_comes_before_anything_is_loaded(make_run, monkeypatch):
     assert not (run.folder / "tuned").exists()
 
 
+def test_a_section_that_cannot_be_cut_stops_the_run_before_an_earlier_one_trains(make_run, monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "join", lambda: None)
+    monkeypatch.setattr(distributed, "from_main", lambda choose: choose())
+    later = {"stage": "ppo", "policy": "@tuned", "helpfulness": "@judged", "safety": "@judged", "prompts": ["helpful"]}
+    run = make_run({**STAGES, "rl": later}, model={"sharding": "full"}, **DATA)
+    with pytest.raises(PosttrainError, match="kind ppo holds them whole"):
+        run_sections(run)
+    assert not (run.folder / "tuned").exists()
+
+
 def test_the_launcher_asks_for_it_too_and_accelerate_wraps_nothing(monkeypatch):
     """recipes/accelerate/fsdp2.yaml as accelerate hands it on."""
     from types import SimpleNamespace

@@ -18,7 +18,7 @@ from posttrain import runs, stopping, training
 from posttrain.errors import PosttrainError
 from posttrain.log import read_lines
 from posttrain.models import Roles
-from posttrain.runs import Run, read_json, run_sections
+from posttrain.runs import Run, flatten, read_json, run_sections
 from posttrain.training import newest_checkpoint
 from rlhf import checkpoint, ppo, rollout
 
@@ -457,6 +457,26 @@ def test_a_single_row_that_does_not_fit_says_what_to_change(tmp_path_factory, mo
     with pytest.raises(PosttrainError, match=r"stages\.tune: the GPU's memory ran out in a micro-batch of one row of \d+ tokens.*Lower max_length, set "
                                              r"activation_checkpointing: true, or quantize"):
         run_sections(new_run(tmp_path_factory), ["tune"])
+
+
+@pytest.mark.parametrize("section, key", [("round", "mean_reward_kept"), ("ppo", "watched")])
+def test_passes_without_gradients_are_cut_smaller_too(straight, tmp_path_factory, monkeypatch, section, key):
+    """Both reward models' scores; the reference's log-probabilities, values, the watched prompts' KL."""
+    run, real = new_run(tmp_path_factory), Roles.hidden
+
+    def hidden(self, name, batch):
+        if not torch.is_grad_enabled() and batch.input_ids.numel() > 100:
+            raise torch.OutOfMemoryError(OOM)
+        return real(self, name, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Roles, "hidden", hidden)
+        run_sections(run, [section])
+    told, whole = (read_json(r.folder / section / "manifest.json") for r in (run, straight))
+    assert told["exact"] is False and told["decisions"]["micro_batch_tokens"] <= 100
+    assert told["decisions"].get("rows_at_once") == whole["decisions"].get("rows_at_once")  # nothing was sampled anew
+    got, expected = (flatten("", r.section(section).results()[key]) for r in (run, straight))
+    assert got == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("section", ["round", "ppo"])
