@@ -80,7 +80,7 @@ def corrected(called: list[bool], groups: list[str], rates: dict, resamples: int
     recall, alarms = rates["recall"], rates["false_positive_rate"]
 
     def share(p, r, f):
-        return np.clip((p - f) / (r - f), 0, 1)
+        return np.clip((p - f) / np.maximum(r - f, 1e-9), 0, 1)  # few labelled rows, drawn anew, may leave nothing between the rates
 
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
     sums, counts = np.bincount(index, np.asarray(called, dtype=float)), np.bincount(index)
