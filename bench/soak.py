@@ -20,7 +20,7 @@ from pathlib import Path
 from bench.harness import ROOT, markdown, processor, start
 from posttrain.errors import PosttrainError
 from posttrain.log import read_lines, say
-from posttrain.runs import file_digest, provenance, read_json, write_json
+from posttrain.runs import digest, file_digest, provenance, read_json, write_json
 
 TINY = ROOT / "recipes" / "tiny.yaml"
 SECTIONS = ("sft", "reward_helpfulness", "reward_safety", "v1_samples", "v1", "ppo", "eval", "chat")
@@ -41,9 +41,10 @@ def to_the_end(home: Path) -> Path:
 
 
 def digests(folder: Path, sections: tuple[str, ...]) -> dict[str, str]:
-    """Of what a run leaves that must not depend on kills: all weights; of these sections also samples and what was measured."""
-    files = [*sorted(folder.glob("*/model/*.safetensors")), *(folder / name / told for name in sections for told in TOLD)]
-    return {str(p.relative_to(folder)): file_digest(p) for p in files if p.exists()}
+    """Of what a run leaves that must not depend on kills: all weights; of these sections also samples and what was measured, less where an export lies."""
+    files = [p for p in [*sorted(folder.glob("*/model/*.safetensors")), *(folder / name / told for name in sections for told in TOLD)] if p.exists()]
+    return {str(p.relative_to(folder)): digest({k: v for k, v in read_json(p).items() if k != "folder"}) if p.name == "results.json" else file_digest(p)
+            for p in files}
 
 
 def at_work(folder: Path) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.soak import soak
+from bench.soak import digests, soak
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "recipes" / "tiny.yaml"
@@ -100,6 +100,14 @@ def test_five_kills_of_sampling_and_ppo_change_nothing(straight, tmp_path):
     assert told["hits"] >= 5 and {"v1_samples", "ppo"} <= {k["section"] for k in told["kills"]}
     assert {f.partition("/")[0] for f in told["sha256"]} == {"sft", "reward_helpfulness", "reward_safety", "v1_samples", "v1", "ppo", "chat"}
     assert told["runs"] and not any(run["different"] for run in told["runs"])
+
+
+def test_where_an_export_lies_is_no_difference(tmp_path):
+    for name, told in (("a", {"folder": "a", "x": 1}), ("b", {"folder": "b", "x": 1}), ("c", {"folder": "a", "x": 2})):
+        (tmp_path / name / "chat").mkdir(parents=True)
+        (tmp_path / name / "chat" / "results.json").write_text(json.dumps(told))
+    a, b, c = (digests(tmp_path / name, ("chat",)) for name in "abc")
+    assert a == b != c and [*a] == ["chat/results.json"]
 
 
 def test_a_soak_of_the_first_sections_starts_in_an_empty_folder(straight, tmp_path, monkeypatch):
