@@ -262,9 +262,9 @@ def first_budget(runs: Path, section: str) -> list[str]:
     """What keeps ours at the micro-batches that its first run chose, as a run alone does: by now the peers hold memory. Overrides; none for the first."""
     from posttrain.runs import read_json
 
-    manifests = sorted(runs.glob(f"*/{section}/manifest.json"), key=lambda p: p.stat().st_ctime)
-    told = [read_json(p).get("decisions", {}).get("micro_batch_tokens") for p in manifests]
-    return [f"stages.{section}.micro_batch_tokens={told[0]}"] if told and told[0] else []
+    first = min(runs.glob(f"*/{section}/manifest.json"), key=lambda p: p.stat().st_ctime, default=None)
+    told = first and read_json(first).get("decisions", {}).get("micro_batch_tokens")
+    return [f"stages.{section}.micro_batch_tokens={told}"] if told else []
 
 
 def take_turns(workers: list[Worker], repeats: int, dtype: str, request: dict) -> tuple[dict[str, list[dict]], dict[str, float]]:

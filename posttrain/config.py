@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from posttrain import confidential
 from posttrain.errors import PosttrainError
-from posttrain.http_client import checked_address, checked_variable
+from posttrain.http_client import Address, Variable
 from posttrain.stages import STAGES, load_config_class
 
 
@@ -120,25 +120,19 @@ class StageConfig(Strict):
 class ServersConfig(Strict):
     """Servers that sample (posttrain/server_engine.py). Where they are is no part of the result (exclude): a section goes on with others."""
 
-    base_urls: Annotated[list[str], Field(min_length=1)] = Field(exclude=True, description="of each server, mostly ending in /v1: https anywhere, http on "
+    base_urls: Annotated[list[Address], Field(min_length=1)] = Field(exclude=True, description="of each server, mostly ending in /v1: https anywhere, http on "
                                                                                            "this machine alone (an ssh tunnel brings a port here)")
     model: str | None = Field(None, min_length=1, description="the policy's name at servers that hold it already; null: adapters are sent to vLLM servers as "
                                                               "they change")
-    api_key_env: str | None = Field(None, exclude=True, description="NAME of the environment variable that holds the key; never the key")
+    api_key_env: Variable = Field(None, exclude=True, description="NAME of the environment variable that holds the key; never the key")
     timeout: float = Field(600, gt=0, exclude=True, description="seconds for one answer")
 
     @field_validator("base_urls")
     @classmethod
-    def _safe(cls, urls: list[str]) -> list[str]:
-        urls = [checked_address(url) for url in urls]
+    def _once_each(cls, urls: list[str]) -> list[str]:
         if len(set(urls)) < len(urls):
             raise PydanticCustomError("base_urls", "Each server once")
         return urls
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _name(cls, name: str | None) -> str | None:
-        return checked_variable(name)
 
 
 class AnsweringConfig(StageConfig):

@@ -8,9 +8,11 @@ import os
 import re
 import time
 from contextlib import suppress
-from urllib.error import HTTPError
+from typing import Annotated
+from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
+from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from posttrain.errors import PosttrainError
@@ -42,6 +44,10 @@ def checked_variable(name: str | None) -> str | None:
     if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
         raise PydanticCustomError("hidden", "The NAME of an environment variable (capitals, digits, _) that holds the key, not the key itself")
     return name
+
+
+Address = Annotated[str, AfterValidator(checked_address)]
+Variable = Annotated[str | None, AfterValidator(checked_variable)]
 
 
 def is_local(url: str) -> bool:
@@ -102,6 +108,23 @@ def message(text: str) -> str:
         error = value.get("error") or value
         return str(error if isinstance(error, str) else error.get("message") or error.get("detail") or text)
     return text
+
+
+def no_reply(error: Exception, key: str | None) -> str:
+    """Why there was none, of what `ask` raised other than a timeout."""
+    reason = error.reason if isinstance(error, URLError) else error
+    return words(str(reason.strerror if isinstance(reason, OSError) and reason.strerror else f"{type(reason).__name__}: {reason}"), key).lower()
+
+
+def refusal(status: int, text: str, key: str | None) -> str:
+    """A status other than 200, with what its body says."""
+    said = words(message(text), key)
+    return f"HTTP {status}" + (f", '{said}'" if said else "")
+
+
+def passes(status: int) -> bool:
+    """Whether the same request may be answered later."""
+    return status in PASSING or status >= 500
 
 
 def words(text: str, key: str | None) -> str:

@@ -554,7 +554,7 @@ def run_sections(run: Run, names: list[str] | None = None) -> None:
     names = cfg.order(run.recipe) if whole else names
     with run.lock():
         began = time.time()
-        for section in map(run.section, names):  # of all before the first starts: it may train for days
+        for section in map(run.section, names if distributed.shards(run.recipe.model) else ()):  # before the first starts: it may train for days
             if distributed.from_main(section.state) != "done":
                 distributed.check_sharding(run.recipe.model, section.kind, STAGES[section.kind].sharded, section.place)
         for i, name in enumerate(names, 1):

@@ -87,14 +87,10 @@ class _Server:
         try:
             status, text, after = http_client.ask(self.opener, f"{self.url}/{path}", body, self.key, limit)
         except (OSError, HTTPException) as e:
-            reason = e.reason if isinstance(e, URLError) else e
-            if isinstance(reason, TimeoutError):
-                raise _Fault(f"no reply within {limit:g} s", True) from None
-            words = reason.strerror if isinstance(reason, OSError) and reason.strerror else f"{type(reason).__name__}: {reason}"
-            raise _Fault(http_client.words(str(words), self.key).lower(), True) from None
+            late = isinstance(e.reason if isinstance(e, URLError) else e, TimeoutError)
+            raise _Fault(f"no reply within {limit:g} s" if late else http_client.no_reply(e, self.key), True) from None
         if status != 200:
-            said = http_client.words(http_client.message(text), self.key)
-            raise _Fault(f"HTTP {status}" + (f", '{said}'" if said else ""), status in http_client.PASSING or status >= 500, after)
+            raise _Fault(http_client.refusal(status, text, self.key), http_client.passes(status), after)
         return text
 
     def reads(self, path: str, body: dict | None, read: Callable[[dict], object], timeout: float | None = None):

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from posttrain.config import AnsweringConfig, ComparisonConfig, DataNames, ModelRef, Strict
-from posttrain.http_client import checked_address, checked_variable
+from posttrain.http_client import Address, Variable
 
 PREPROMPTS = Path(__file__).parent / "preprompts"
 
@@ -57,22 +57,12 @@ class JudgeConfig(Strict):
     """A judge behind an OpenAI-compatible endpoint (chat completions). Prompts and answers are sent there. How it is reached is no part of the
     result (exclude): a section that was cut off goes on at another address."""
 
-    base_url: str = Field(exclude=True, description="mostly ends in /v1: https anywhere, http on this machine alone")
+    base_url: Address = Field(exclude=True, description="mostly ends in /v1: https anywhere, http on this machine alone")
     model: str = Field(min_length=1, description="the judge's name at the endpoint")
-    api_key_env: str | None = Field(None, exclude=True, description="NAME of the environment variable that holds the key; never the key")
+    api_key_env: Variable = Field(None, exclude=True, description="NAME of the environment variable that holds the key; never the key")
     timeout: float = Field(120, gt=0, exclude=True, description="seconds for one reply")
     votes: int = Field(1, ge=1, description="judgements of every answer; the paper has three raters")
     concurrency: int = Field(4, ge=1, le=64, exclude=True, description="requests at once")
-
-    @field_validator("base_url")
-    @classmethod
-    def _safe(cls, url: str) -> str:
-        return checked_address(url)
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _name(cls, name: str | None) -> str | None:
-        return checked_variable(name)
 
 
 REFUSAL_CLASSIFIER = tuple(Path(__file__).parent / name for name in ("refusal.py", "data/refusals_train.jsonl", "data/refusals_test.jsonl",

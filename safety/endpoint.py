@@ -13,7 +13,6 @@ from http.client import HTTPException
 from urllib.error import URLError
 
 from posttrain import http_client
-from posttrain.http_client import PASSING
 from safety.config import JudgeConfig
 
 RETRIES = 4
@@ -111,17 +110,14 @@ class Endpoint:
             return Fault(f"its certificate is not trusted ({self._words(reason.verify_message)})", "Correct judge.base_url, or the certificate.")
         if isinstance(reason, TimeoutError):
             return Fault(f"no reply within {self.config.timeout:g} s", "See whether it is overloaded, or raise judge.timeout.", passing=True)
-        words = reason.strerror if isinstance(reason, OSError) and reason.strerror else f"{type(reason).__name__}: {reason}"
-        return Fault(self._words(words).lower(), "Start the endpoint, or correct judge.base_url.", passing=True)
+        return Fault(http_client.no_reply(reason, self._key), "Start the endpoint, or correct judge.base_url.", passing=True)
 
     def _fault(self, status: int, text: str, after: float) -> Fault:
-        said = self._words(http_client.message(text))
-        found = f"HTTP {status}" + (f", '{said}'" if said else "")
         key = f"the key in {self.config.api_key_env}" if self.config.api_key_env else "judge.api_key_env: NAME of the variable that holds the key"
         do = (f"Check {key}." if status in (401, 403) else
               "Check judge.base_url (it mostly ends in /v1) and judge.model." if status in (400, 404, 405) or 300 <= status < 400 else
               "Ask for less at once (judge.concurrency), or wait." if status == 429 else "See what the endpoint's own log says.")
-        return Fault(found, do, status in PASSING or status >= 500, status in OF_THE_REQUEST or status >= 500, after)
+        return Fault(http_client.refusal(status, text, self._key), do, http_client.passes(status), status in OF_THE_REQUEST or status >= 500, after)
 
     def _content(self, text: str) -> str:
         try:

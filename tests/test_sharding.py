@@ -52,6 +52,21 @@ def numbers(section) -> list[dict]:
             for row in read_lines(section.folder / "metrics.jsonl")]
 
 
+def same(whole, cut, file: str, sections=STAGES) -> None:
+    """What several processes left of these sections is what one did: numbers, and weights in the same files."""
+    for name in sections:
+        one, two = whole.section(name), cut.section(name)
+        assert two.state() == "done"
+        for a, b in zip(numbers(one), numbers(two), strict=True):
+            assert b == pytest.approx(a, abs=2e-5, rel=1e-4)
+        weights = [load_file(s.folder / "model" / f"{file}.safetensors") for s in (one, two)]
+        assert {k: v.shape for k, v in weights[0].items()} == {k: v.shape for k, v in weights[1].items()}
+        assert max((v - weights[1][k]).abs().max() for k, v in weights[0].items()) < 5e-5
+        assert sorted(p.name for p in (one.folder / "model").iterdir()) == sorted(p.name for p in (two.folder / "model").iterdir())
+        if file == "model":
+            assert (one.folder / "model" / "config.json").read_text() == (two.folder / "model" / "config.json").read_text()
+
+
 @pytest.mark.parametrize("lora, file", [(None, "model"), ({"r": 4, "alpha": 8}, "adapter_model")], ids=["full", "adapters"])
 def test_a_model_cut_over_two_processes_learns_what_a_whole_one_does_and_goes_on_after_a_kill(make_run, lora, file):
     """Weights within 5e-5, numbers of the log within 1e-4 of their size."""
@@ -64,17 +79,7 @@ def test_a_model_cut_over_two_processes_learns_what_a_whole_one_does_and_goes_on
     assert killed.returncode and tuned.state() == "started" and (tuned.folder / "checkpoint-2" / "checksums.json").exists(), killed.stderr[-3000:]
     done = launch(cut.recipe.path, "lives")
     assert done.returncode == 0 and done.stdout.count("going on after step 2 of 4") == 1, done.stdout + done.stderr[-3000:]
-    for name in STAGES:
-        one, two = whole.section(name), cut.section(name)
-        assert two.state() == "done"
-        for a, b in zip(numbers(one), numbers(two), strict=True):
-            assert b == pytest.approx(a, abs=2e-5, rel=1e-4)
-        weights = [load_file(s.folder / "model" / f"{file}.safetensors") for s in (one, two)]
-        assert {k: v.shape for k, v in weights[0].items()} == {k: v.shape for k, v in weights[1].items()}
-        assert max((v - weights[1][k]).abs().max() for k, v in weights[0].items()) < 5e-5
-        assert sorted(p.name for p in (one.folder / "model").iterdir()) == sorted(p.name for p in (two.folder / "model").iterdir())
-        if lora is None:
-            assert (one.folder / "model" / "config.json").read_text() == (two.folder / "model" / "config.json").read_text()
+    same(whole, cut, file)
     assert max(row["sft/grad_norm"] for row in numbers(tuned) if "sft/grad_norm" in row) > 0.5  # the norm was clipped
 
 

@@ -8,8 +8,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
-from safetensors.torch import load_file
-from test_sharding import DATA, ROOT, STAGES, numbers
+from test_sharding import DATA, ROOT, STAGES, numbers, same
 
 from posttrain import distributed, models
 from posttrain.errors import PosttrainError
@@ -60,18 +59,6 @@ def test_zero_in_two_processes_learns_what_one_does_and_goes_on_after_a_kill(mak
     assert done.returncode == 0 and done.stdout.count("going on after step 2 of 4") == 1, done.stdout + done.stderr[-3000:]
     same(whole, cut, file)
     assert max(row["sft/grad_norm"] for row in numbers(tuned) if "sft/grad_norm" in row) > 0.5  # the norm was clipped
-
-
-def same(whole, cut, file: str, sections=STAGES) -> None:
-    for name in sections:
-        one, two = whole.section(name), cut.section(name)
-        assert two.state() == "done"
-        for a, b in zip(numbers(one), numbers(two), strict=True):
-            assert b == pytest.approx(a, abs=2e-5, rel=1e-4)
-        weights = [load_file(s.folder / "model" / f"{file}.safetensors") for s in (one, two)]
-        assert {k: v.shape for k, v in weights[0].items()} == {k: v.shape for k, v in weights[1].items()}
-        assert max((v - weights[1][k]).abs().max() for k, v in weights[0].items()) < 5e-5
-        assert sorted(p.name for p in (one.folder / "model").iterdir()) == sorted(p.name for p in (two.folder / "model").iterdir())
 
 
 @needs_deepspeed
