@@ -137,6 +137,7 @@ def test_greedy_answers_are_ours_for_every_role_and_after_its_weights_change(ser
 def test_samples_depend_on_seed_and_place_alone_whichever_server_gives_them(servers, roles_at):
     running = servers(3)
     whole = draw(roles_at(running), samples=3)
+    assert len({b["seed"] for s in running for b in s.asked}) == 3 * len(PROMPTS) < 2 * len({tuple(c.ids) for group in whole for c in group})
     one = roles_at(running[:1])
     assert ids(draw(one, samples=3)) == ids(whole) and ids(draw(one, samples=3, only=[2, 1])) == ids([whole[2], whole[1]])
     assert ids(draw(one, samples=3, seed=1)) != ids(whole)
@@ -239,6 +240,8 @@ def test_every_stage_that_samples_has_the_keys_and_idle_ones_are_not_written():
     one, two = (rejection(**keys, engine="server", servers={"base_urls": [url], "model": "m"}).model_dump() for url in ("http://localhost:1/v1",
                                                                                                                     "https://far.example/v1"))
     assert one == two and one["servers"] == {"model": "m"}
+    gatt = load_config_class("gatt")(stage="gatt", data="d", policy="base")
+    assert "kinds" not in gatt.model_dump() and gatt.kinds == ["hobby", "language", "figure"]  # finished ones have no such key
 
 
 @pytest.mark.parametrize("change, message", [
